@@ -19,7 +19,7 @@ class Settings(BaseModel):
 
 
 def fingerprint(*parts: Any) -> str:
-    """Return 12 hex digits that identify `parts` (Settings, dicts, lists, numbers, strings), whatever their key order."""
+    """Return 12 hex digits that identify `parts` (Settings, dicts, lists, numbers, strings); key order is ignored."""
     plain = [p.model_dump(mode="json") if isinstance(p, BaseModel) else p for p in parts]
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

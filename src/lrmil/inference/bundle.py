@@ -1,0 +1,177 @@
+"""The bundle: everything that answers a slide, in one folder of JSON and safetensors.
+
+    model/
+      bundle.json             what it is, how to prepare a slide, labels, licence, metrics, checksums of the other files
+      encoder.safetensors     the student encoder, looks at LR regions
+      encoder.json            its architecture and preprocessing
+      head.safetensors        the student head
+      README.md               the same for people
+
+Nothing in it is code and nothing is unpickled. Loading needs neither the training rooms nor the HR encoder.
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lrmil._version import __version__
+from lrmil.encoders import Encoder, load_encoder, save_encoder
+from lrmil.errors import BundleAltered, BundleError
+from lrmil.files import atomic_path, read_json, sha256, write_json, write_text
+from lrmil.geometry import GridSettings
+from lrmil.inference.prepare import TileSettings
+from lrmil.mil import MILHead, create_head
+from lrmil.settings import Settings
+from lrmil.tissue import TissueSettings
+
+FORMAT = "lrmil-bundle/1"
+
+
+class HeadSpec(Settings):
+    """A head that can be built again: `create_head(name, in_dim, num_classes, **options)`."""
+
+    name: str
+    in_dim: int
+    num_classes: int
+    options: dict[str, Any] = {}
+
+
+class TrainedOn(Settings):
+    """What the model was trained on, as far as a reader of its answers should know."""
+
+    cohort: str
+    slides: int
+    patients: int
+    slides_per_class: dict[str, int]
+    regions_per_slide: tuple[float, float, float]
+    """5th, 50th and 95th percentile of the number of LR regions of a training slide"""
+
+
+class BundleManifest(Settings):
+    """The content of bundle.json."""
+
+    format: Literal["lrmil-bundle/1"] = FORMAT
+    lrmil_version: str = __version__
+    created: str
+    task: str
+    classes: list[str]
+    """in the order of the probabilities"""
+    grid: GridSettings
+    tissue: TissueSettings
+    tiles: TileSettings
+    head: HeadSpec
+    encoder_origin: dict[str, Any]
+    """description of the HR encoder that the student encoder was distilled from, with its licence"""
+    licence_note: str
+    trained_on: TrainedOn
+    cross_validation: dict[str, Any]
+    """metrics with intervals of the folds; the deployed model itself was not tested, its fold siblings were"""
+    recipe: dict[str, Any]
+    """the config of the run"""
+    software: dict[str, str]
+    files: dict[str, str] = {}
+    """SHA-256 of every other file"""
+
+
+def software_versions() -> dict[str, str]:
+    """Return the versions that a result may depend on."""
+    found = {"python": platform.python_version(), "lrmil": __version__}
+    for package in ("torch", "timm", "numpy", "openslide-python", "openslide-bin", "opencv-python-headless"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def save_bundle(folder: Path, manifest: BundleManifest, encoder: Encoder, head: MILHead) -> BundleManifest:
+    """Write a bundle and return its manifest with the checksums. bundle.json comes last, so a half-written one is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bundle.json").unlink(missing_ok=True)
+    save_encoder(encoder, folder)
+    with atomic_path(folder / "head.safetensors") as scratch:
+        save_file({k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}, scratch)
+    write_text(folder / "README.md", _model_card(manifest))
+    files = {name: sha256(folder / name) for name in ("encoder.safetensors", "encoder.json", "head.safetensors")}
+    manifest = manifest.model_copy(update={"files": files})
+    write_json(folder / "bundle.json", manifest.model_dump(mode="json"))
+    return manifest
+
+
+def read_manifest(folder: Path) -> BundleManifest:
+    """Read and check bundle.json and the checksums of the files it names.
+
+    Raises:
+        BundleError: no bundle there, or one of another format.
+        BundleAltered: a file is missing or is not the one that was written.
+    """
+    path = folder / "bundle.json"
+    if not path.is_file():
+        raise BundleError(
+            f"{folder}: no bundle.json there.", fix="Give the folder that `lrmil run` wrote as model/, or a copy of it."
+        )
+    try:
+        raw = read_json(path)
+        if raw.get("format") != FORMAT:
+            raise BundleError(
+                f"{folder}: format {raw.get('format')!r}; this version of lrmil reads {FORMAT!r}.",
+                fix="Load it with the lrmil version that wrote it.",
+            )
+        manifest = BundleManifest.model_validate(raw)
+    except (ValueError, ValidationError, AttributeError) as error:
+        raise BundleError(f"{path}: not a valid bundle description: {error}", fix="Copy the bundle again.") from error
+    for name, expected in manifest.files.items():
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            raise BundleAltered(f"{folder}: {name} is missing.", fix="Copy the whole folder again.")
+        if sha256(file) != expected:
+            raise BundleAltered(
+                f"{folder}: {name} is not the file that was written (checksum differs).",
+                fix="Copy the bundle again from where it was trained; do not edit its files.",
+            )
+    return manifest
+
+
+def load_parts(folder: Path) -> tuple[BundleManifest, Encoder, MILHead]:
+    """Load a bundle's manifest, encoder and head (float32, CPU, eval mode), after checking the checksums."""
+    manifest = read_manifest(folder)
+    encoder = load_encoder(folder)
+    spec = manifest.head
+    head = create_head(spec.name, spec.in_dim, spec.num_classes, **spec.options)
+    try:
+        head.load_state_dict(load_file(folder / "head.safetensors"))
+    except (SafetensorError, RuntimeError) as error:
+        raise BundleError(f"{folder}: head.safetensors does not fit: {error}", fix="Copy the bundle again.") from error
+    return manifest, encoder, head.eval()
+
+
+def _model_card(manifest: BundleManifest) -> str:
+    m = manifest
+    low, middle, high = m.trained_on.regions_per_slide
+    metrics = "\n".join(f"| {name} | {value} |" for name, value in m.cross_validation.items())
+    classes = ", ".join(f"{name} ({m.trained_on.slides_per_class.get(name, 0)} slides)" for name in m.classes)
+    return f"""# {m.task}: {" / ".join(m.classes)}, from {m.grid.lr_mpp:g} um/px only
+
+    lrmil predict SLIDE --model THIS_FOLDER --out answers
+
+- **Classes**, in the order of the probabilities: {classes}.
+- **Trained on** {m.trained_on.slides} slides of {m.trained_on.patients} patients ({m.trained_on.cohort});
+  5th, 50th and 95th percentile of regions a slide: {low:.0f}, {middle:.0f}, {high:.0f}.
+- **Looks at** {m.grid.patch_px}-px regions at {m.grid.lr_mpp:g} um/px. It never asks for finer pixels.
+- **Encoder** distilled from {m.encoder_origin.get("name", "an HR encoder")} at {m.grid.hr_mpp:g} um/px.
+- **Licence**: {m.licence_note}
+- Not a medical device. It knows only the classes above and slides like those it was trained on.
+
+Cross-validation (of models trained the same way on part of the cohort; this one saw all of it):
+
+| measure | value |
+|---|---|
+{metrics}
+"""

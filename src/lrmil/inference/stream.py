@@ -1,0 +1,171 @@
+"""From a slide to batches of patches: reader threads run ahead of the encoder, memory stays bounded.
+
+A child patch costs almost as much to read as its whole region, so where the grid allows it (snapped scale) the children
+of a region are cut from one read of it. The cut pixels equal those of single reads: both are box averages of the same
+whole pixels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from lrmil.errors import TooManyUnreadable, UnreadableRegion
+from lrmil.geometry import IntArray, MatchedGrid
+from lrmil.slides import Slide
+
+ImageArray = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Read:
+    """One request to the reader, and the patches to cut from what it returns."""
+
+    box_l0: tuple[int, int, int, int]
+    size_px: tuple[int, int]
+    """width and height of the picture that is asked for"""
+    rows: IntArray
+    """(n,) which patch each cut is, as a row of the grid's regions or children"""
+    corners_px: IntArray
+    """(n, 2) top-left (x, y) of each cut in the picture"""
+    boxes_l0: IntArray
+    """(n, 4) the cuts' own boxes, to read them one by one where the whole cannot be decoded"""
+
+
+@dataclass
+class ReadingLog:
+    """What reading one slide took. Threads overlap with the encoder, so `busy_s` is work, not waiting."""
+
+    patches: int = 0
+    unreadable: list[int] = field(default_factory=list)
+    """rows of the patches whose pixels could not be decoded"""
+    busy_s: float = 0.0
+    first_error: str | None = None
+
+    def raise_if_too_many(self, slide: str, limit: float) -> None:
+        """Raise `TooManyUnreadable` if more than the share `limit` of the patches could not be decoded."""
+        total = self.patches + len(self.unreadable)
+        if total and len(self.unreadable) > limit * total:
+            raise TooManyUnreadable(
+                f"{len(self.unreadable)} of {total} patches cannot be decoded; first: {self.first_error}",
+                slide=slide,
+                fix="Copy the file again from its source, or raise max_unreadable.",
+            )
+
+
+@dataclass(frozen=True)
+class PatchBatch:
+    """Some patches of one slide."""
+
+    rows: IntArray
+    """(B,) rows of the grid"""
+    images: ImageArray
+    """(B, P, P, 3)"""
+
+
+def region_reads(grid: MatchedGrid) -> list[Read]:
+    """One read for each region, at the low resolution."""
+    return [_single(row, box, grid.scale.patch_px) for row, box in enumerate(grid.region_boxes_l0)]
+
+
+def child_reads(grid: MatchedGrid, regions: IntArray | None = None) -> list[Read]:
+    """Reads for the children of all regions, or of the given ones, at the high resolution."""
+    wanted = np.ones(grid.num_regions, bool)
+    if regions is not None:
+        wanted = np.isin(np.arange(grid.num_regions), regions)
+    patch_px, ratio = grid.scale.patch_px, grid.scale.ratio
+    starts = np.searchsorted(grid.child_region, np.arange(grid.num_regions + 1))
+    reads: list[Read] = []
+    for region in np.flatnonzero(wanted):
+        rows = np.arange(starts[region], starts[region + 1])
+        boxes = grid.child_boxes_l0[rows]
+        if grid.scale.snapped and 2 * len(rows) > ratio * ratio:
+            slots = grid.child_slot[rows]
+            corners = np.stack([slots % ratio, slots // ratio], axis=1) * patch_px
+            side = ratio * patch_px
+            reads.append(Read(_as_box(grid.region_boxes_l0[region]), (side, side), rows, corners, boxes))
+        else:
+            reads += [_single(int(row), box, patch_px) for row, box in zip(rows, boxes, strict=True)]
+    return reads
+
+
+def stream_patches(
+    slide: Slide, reads: Sequence[Read], patch_px: int, *, batch_size: int, threads: int, log: ReadingLog
+) -> Iterator[PatchBatch]:
+    """Yield the patches of `reads` in order, in batches of up to `batch_size`; `log` is filled on the way.
+
+    Patches that cannot be decoded are left out and entered in `log.unreadable`; nothing is put in their place. At most
+    2 * `threads` reads and one batch are held at a time.
+    """
+    images: list[ImageArray] = []
+    rows: list[int] = []
+    for good_rows, pictures, result in _run_ahead(slide, reads, patch_px, max(1, threads)):
+        log.busy_s += result.busy_s
+        log.unreadable += result.unreadable
+        log.first_error = log.first_error or result.first_error
+        log.patches += len(good_rows)
+        rows += good_rows
+        images += pictures
+        while len(images) >= batch_size:
+            yield PatchBatch(np.asarray(rows[:batch_size], dtype=np.int64), np.stack(images[:batch_size]))
+            images, rows = images[batch_size:], rows[batch_size:]
+    if images:
+        yield PatchBatch(np.asarray(rows, dtype=np.int64), np.stack(images))
+
+
+_Result = tuple[list[int], list[ImageArray], ReadingLog]
+
+
+def _run_ahead(slide: Slide, reads: Sequence[Read], patch_px: int, threads: int) -> Iterator[_Result]:
+    with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
+        pending: deque[Future[_Result]] = deque()
+        try:
+            for read in reads:
+                pending.append(pool.submit(_perform, slide, read, patch_px))
+                if len(pending) >= 2 * threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _perform(slide: Slide, read: Read, patch_px: int) -> _Result:
+    log = ReadingLog()
+    began = time.perf_counter()
+    rows: list[int] = []
+    pictures: list[ImageArray] = []
+    try:
+        picture = slide.read_box(read.box_l0, read.size_px)
+        rows = [int(row) for row in read.rows]
+        pictures = [picture[y : y + patch_px, x : x + patch_px] for x, y in read.corners_px]
+    except UnreadableRegion as error:
+        log.first_error = str(error)
+        if len(read.rows) == 1:
+            log.unreadable = [int(read.rows[0])]
+        else:
+            # One bad tile need not cost the whole region: ask for its children one by one.
+            for row, box in zip(read.rows, read.boxes_l0, strict=True):
+                try:
+                    pictures.append(slide.read_box(_as_box(box), (patch_px, patch_px)))
+                    rows.append(int(row))
+                except UnreadableRegion:
+                    log.unreadable.append(int(row))
+    log.busy_s = time.perf_counter() - began
+    return rows, pictures, log
+
+
+def _single(row: int, box: IntArray, patch_px: int) -> Read:
+    return Read(_as_box(box), (patch_px, patch_px), np.array([row]), np.zeros((1, 2), np.int64), box[None])
+
+
+def _as_box(box: IntArray) -> tuple[int, int, int, int]:
+    x0, y0, x1, y1 = (int(v) for v in box)
+    return x0, y0, x1, y1
