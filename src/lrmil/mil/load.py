@@ -1,0 +1,211 @@
+"""Checkpoints of the original programs, read into our heads.
+
+Each original layout is one `OriginalFormat`: how to recognise it, how its keys are called here, which head to build.
+A further method joins by adding its entry to `_FORMATS`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lrmil.errors import CheckpointError
+from lrmil.mil.base import MILHead
+from lrmil.mil.registry import create_head
+
+State = dict[str, Tensor]
+HeadShape = tuple[int, int, dict[str, Any]]
+"""in_dim, num_classes, options"""
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+_PREFIXES = ("module.", "model.")
+
+
+@dataclass(frozen=True)
+class OriginalFormat:
+    """One layout of one original program."""
+
+    title: str
+    head: str
+    """Name of our head"""
+    marks: frozenset[str]
+    """Keys that this layout alone has"""
+    names: Mapping[str, str]
+    """Original key: our key"""
+    shape: Callable[[State], HeadShape]
+    """Sizes and options, read off the weights"""
+    ignored: frozenset[str] = frozenset()
+    """Keys that carry nothing"""
+
+
+def load_original(name: str, source: str | os.PathLike[str] | Mapping[str, Any]) -> MILHead:
+    """Read a checkpoint of an original program.
+
+    Args:
+        name: the method: "lrmil" (the authors' MILClassifier and StudentMIL, plain or gated); "abmil" is the same.
+        source: a .pth/.pt/.bin/.safetensors file, or a state dict. The prefixes `module.` and `model.` are removed, and
+            a dict that holds the state under "state_dict" or "model" is opened. Pickles are read as tensors only.
+
+    Returns:
+        The head, in eval mode.
+
+    Raises:
+        CheckpointError: unsafe or unreadable, of another method, or some keys do not fit; the message names them.
+    """
+    formats = _FORMATS.get(name)
+    if formats is None:
+        raise CheckpointError(
+            f"no checkpoint layout is known for {name!r}.", fix=f"Choose one of: {', '.join(sorted(_FORMATS))}."
+        )
+    where = "the state dict" if isinstance(source, Mapping) else str(source)
+    state = _without_prefixes(_flat_state(source if isinstance(source, Mapping) else _read(Path(source)), where))
+    for layout in formats:
+        if layout.marks <= state.keys():
+            return _build(layout, state, where)
+    wanted = "; or ".join(", ".join(sorted(f.marks)) for f in formats)
+    raise CheckpointError(
+        f"{where} is not a checkpoint of {name!r}: its keys are {_some(state)}; those of {name!r} have {wanted}.",
+        fix="Check the file, or the method's name.",
+    )
+
+
+def _build(layout: OriginalFormat, state: State, where: str) -> MILHead:
+    in_dim, num_classes, options = layout.shape(state)
+    head = create_head(layout.head, in_dim, num_classes, **options)
+    own = head.state_dict()
+    found: State = {}
+    problems = []
+    for key, value in state.items():
+        target = layout.names.get(key)
+        if key in layout.ignored:
+            continue
+        if target is None or target not in own:
+            problems.append(f"{key}: unexpected")
+        elif value.shape != own[target].shape:
+            problems.append(f"{key}: shape {tuple(value.shape)}, wanted {tuple(own[target].shape)}")
+        elif not bool(torch.isfinite(value).all()):
+            problems.append(f"{key}: holds NaN or infinity")
+        else:
+            found[target] = value.float()
+    for key, target in layout.names.items():
+        if target in own and key not in state:
+            problems.append(f"{key}: missing")
+    if problems:
+        raise CheckpointError(
+            f"{where}, read as {layout.title}, does not fit: {'; '.join(problems)}.",
+            fix="Is it a checkpoint of another variant or method?",
+        )
+    head.load_state_dict(found)
+    return head.eval()
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file.", fix="Check the path.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: not safe to read, since it holds more than tensors, or it is no checkpoint at all.",
+            fix="Save its state_dict() with the program that made it, and load that.",
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({error}).", fix="Is it whole?") from error
+
+
+def _flat_state(loaded: Mapping[str, Any], where: str) -> State:
+    """Open wrappers, and join nested dicts of tensors by dots."""
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{where} holds a {type(loaded).__name__}, not a state dict.")
+    for wrapper in _WRAPPERS:
+        if isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+            break
+    state: State = {}
+    for key, value in loaded.items():
+        if isinstance(value, Mapping):
+            state |= {f"{key}.{k}": v for k, v in value.items() if isinstance(v, Tensor)}
+        elif isinstance(value, Tensor):
+            state[str(key)] = value
+    if not state:
+        raise CheckpointError(f"{where} holds no tensors.", fix="Is it a state dict?")
+    return state
+
+
+def _without_prefixes(state: State) -> State:
+    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None):
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
+    return state
+
+
+def _some(state: State) -> str:
+    keys = sorted(state)
+    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+
+
+def _with_bias(names: Mapping[str, str]) -> dict[str, str]:
+    return {f"{old}.{part}": f"{new}.{part}" for old, new in names.items() for part in ("weight", "bias")}
+
+
+def _lrmil_shape(first_layer: str, *, gated: bool) -> Callable[[State], HeadShape]:
+    def shape(state: State) -> HeadShape:
+        hidden, in_dim = _matrix(state, first_layer)
+        options: dict[str, Any] = {"gated": gated, "hidden_dim": hidden}
+        if "inst_classifier.weight" in state:
+            options["instance_classifier"] = "features"
+        return in_dim, _matrix(state, "cls.weight")[0], options
+
+    return shape
+
+
+def _matrix(state: State, key: str) -> tuple[int, int]:
+    if key not in state or state[key].ndim != 2:
+        raise CheckpointError(f"the checkpoint has no matrix {key}.", fix="Is it of another method?")
+    rows, columns = state[key].shape
+    return rows, columns
+
+
+_LRMIL = (
+    OriginalFormat(
+        title="LRMIL's MILClassifier or StudentMIL, plain attention",
+        head="abmil",
+        marks=frozenset({"mil.attention.0.weight", "cls.weight"}),
+        names=_with_bias(
+            {
+                "mil.attention.0": "attention_v",
+                "mil.attention.2": "attention_w",
+                "cls": "classifier",
+                "inst_classifier": "instance_classifier",
+            }
+        ),
+        shape=_lrmil_shape("mil.attention.0.weight", gated=False),
+    ),
+    OriginalFormat(
+        title="LRMIL's MILClassifier or StudentMIL, gated attention",
+        head="abmil",
+        marks=frozenset({"mil.attn_a.0.weight", "cls.weight"}),
+        names=_with_bias(
+            {
+                "mil.attn_a.0": "attention_v",
+                "mil.attn_b.0": "attention_u",
+                "mil.attn_c": "attention_w",
+                "cls": "classifier",
+                "inst_classifier": "instance_classifier",
+            }
+        ),
+        shape=_lrmil_shape("mil.attn_a.0.weight", gated=True),
+    ),
+)
+
+_FORMATS: dict[str, tuple[OriginalFormat, ...]] = {"lrmil": _LRMIL, "abmil": _LRMIL}

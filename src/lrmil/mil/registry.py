@@ -1,0 +1,81 @@
+"""The heads by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import Field, ValidationError
+
+from lrmil.errors import HeadError
+from lrmil.mil.base import MILHead
+from lrmil.settings import Settings
+
+
+@dataclass(frozen=True)
+class HeadCard:
+    """What a user should know about a head before choosing it."""
+
+    name: str
+    """Key for `create_head` and the config"""
+    title: str
+    citation: str
+    licence_note: str
+    """Licence of the original program, from which nothing was copied"""
+    gives_attention: bool
+    """True if it weighs every instance by one score, so that it can teach and be taught by attention"""
+
+
+class HeadSettings(Settings):
+    """Which head, and its options."""
+
+    name: str = Field("abmil", description="name of a MIL head")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of that head, such as gated: true")
+
+
+HeadClass = TypeVar("HeadClass", bound=type[MILHead])
+_HEADS: dict[str, tuple[HeadCard, type[MILHead]]] = {}
+
+
+def register_head(card: HeadCard) -> Callable[[HeadClass], HeadClass]:
+    """Decorate a `MILHead` subclass to enter it under `card.name`. A name is given once."""
+
+    def enter(head_class: HeadClass) -> HeadClass:
+        if card.name in _HEADS:
+            raise HeadError(f"two heads are named {card.name!r}.", fix="Choose another name.")
+        _HEADS[card.name] = (card, head_class)
+        return head_class
+
+    return enter
+
+
+def head_cards() -> tuple[HeadCard, ...]:
+    """Return the cards of all heads, by name."""
+    return tuple(_HEADS[name][0] for name in sorted(_HEADS))
+
+
+def create_head(name: str, in_dim: int, num_classes: int, **options: Any) -> MILHead:
+    """Build a head with freshly drawn weights (torch's global generator), float32, on the CPU, in training mode.
+
+    Args:
+        name: see `head_cards()`.
+        in_dim: width D of the instances.
+        num_classes: number of logits.
+        **options: the head's own; its `Options` class lists them.
+
+    Raises:
+        HeadError: no such head, or no such option.
+    """
+    if name not in _HEADS:
+        raise HeadError(f"there is no head named {name!r}.", fix=f"Choose one of: {', '.join(sorted(_HEADS))}.")
+    card, head_class = _HEADS[name]
+    try:
+        chosen = head_class.Options(**options)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors())
+        known = ", ".join(head_class.Options.model_fields) or "none"
+        raise HeadError(f"head {name!r}: {wrong}.", fix=f"Its options are: {known}.") from error
+    head = head_class(in_dim, num_classes, chosen)
+    head.card = card
+    return head
