@@ -43,7 +43,7 @@ def test_a_corrected_file_is_left_as_it_is(tmp_path):
 
 def test_as_many_patches_as_features_cannot_be_told_by_length(tmp_path):
     path = meta_file(tmp_path / "s.pt", attention=torch.zeros(D), bag_repr=torch.ones(D), n=D)
-    with pytest.raises(CorruptBag, match="both have 768 values.*swapped=True"):
+    with pytest.raises(CorruptBag, match=r"both have 768 values.*swapped=True"):
         read_teacher_meta(path)
     assert read_teacher_meta(path, swapped=True).attention_logits.sum() == D
     assert read_teacher_meta(path, swapped=False).attention_logits.sum() == 0
