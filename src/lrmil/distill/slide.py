@@ -24,7 +24,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from lrmil.settings import Settings
@@ -58,6 +58,15 @@ class Stage2LossSettings(Settings):
     attn_kl_reduction: Literal["sum", "mean"] = Field(
         "sum", description="sum is the KL; mean divides it by the number of regions, as the authors' code does"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Stage2LossSettings:
+        if self.unmatched == "released" and self.teacher_scores == "softmax":
+            raise ValueError(
+                "unmatched: released gives regions without a child the score 0, a middling logit but the largest log "
+                "of a share; use it with teacher_scores: logits"
+            )
+        return self
 
 
 @dataclass(frozen=True, slots=True)
