@@ -1,0 +1,34 @@
+"""How good, how sure, how fast: metrics, intervals and tests, tables, figures and the report.
+
+Figures (`plots`, `slide_figures`, `overlay`) and `report` are imported from their modules, since they load matplotlib.
+"""
+
+from lrmil.evaluation.intervals import Interval, bootstrap, paired_bootstrap
+from lrmil.evaluation.metrics import METRICS, fold_scores, majority_class, score
+from lrmil.evaluation.paired import compare_methods, delong, delong_test, holm, permutation_test
+from lrmil.evaluation.predictions import Predictions, concatenate
+from lrmil.evaluation.tables import Cost, TextTable, read_results, result_row, results_frame, text_table, write_results
+
+__all__ = [
+    "METRICS",
+    "Cost",
+    "Interval",
+    "Predictions",
+    "TextTable",
+    "bootstrap",
+    "compare_methods",
+    "concatenate",
+    "delong",
+    "delong_test",
+    "fold_scores",
+    "holm",
+    "majority_class",
+    "paired_bootstrap",
+    "permutation_test",
+    "read_results",
+    "result_row",
+    "results_frame",
+    "score",
+    "text_table",
+    "write_results",
+]

@@ -1,0 +1,299 @@
+"""Results tables: a frame shaped like the paper's Tables 1 and 2, and one text layout that every format prints.
+
+A results frame has a row for each method on each task of each dataset. Columns: dataset, task, method, group, then for
+each metric `m` the mean over folds (seeds averaged first) `m`, its sd over folds `m_sd` (ddof=1), the 95 % bootstrap
+interval `m_low`, `m_high`; then patches_per_slide, seconds_per_slide, time_s (the cohort total, which is what the paper
+seems to print), folds, seeds, slides, patients, note. Metrics are fractions here and percent in print.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lrmil.evaluation.intervals import RESAMPLES, bootstrap
+from lrmil.evaluation.metrics import METRICS, fold_scores, metric
+from lrmil.evaluation.predictions import Predictions
+from lrmil.files import atomic_path
+
+GROUP_ORDER = ("Reference", "Full HR", "SC", "LR only", "Ours")
+"""SC: selective computation (ZoomMIL, HDMIL), the paper's word. Groups not named here follow in order of appearance."""
+METHOD_ORDER = (
+    *("Majority class", "Colour histogram", "Random encoder"),
+    *("Max-P", "Mean-P", "ABMIL", "CLAM-MB", "CLAM-SB", "DSMIL", "TransMIL", "DTFD-MIL"),
+    *("ZOOMMIL", "HDMIL", "HR teacher", "LR without distillation", "LRMIL"),
+)
+"""As in the paper; methods not named here follow in order of appearance."""
+
+_KEYS = ["dataset", "task", "method", "group"]
+_COSTS = ["patches_per_slide", "seconds_per_slide", "time_s"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method needs at inference, measured on slide files with no cached features."""
+
+    patches_per_slide: float = float("nan")
+    """Mean number of patches encoded, over all scales"""
+    seconds_per_slide: float = float("nan")
+    """Mean, tissue to answer"""
+
+
+def result_row(
+    predictions: Predictions,
+    *,
+    dataset: str,
+    task: str,
+    method: str,
+    group: str,
+    seed: int,
+    metrics: Sequence[str] = ("acc", "auc"),
+    cost: Cost | None = None,
+    level: str = "slide",
+    resamples: int = RESAMPLES,
+) -> dict[str, Any]:
+    """Score one method: a row of a results frame.
+
+    Args:
+        predictions: of all folds and seeds.
+        dataset: name of the cohort.
+        task: what is predicted.
+        method: name of the method.
+        group: a block of the table, see GROUP_ORDER.
+        seed: of the bootstrap.
+        metrics: names out of METRICS.
+        cost: measured cost; unknown (nan) if None.
+        level: "slide", or "patient" for the mean probability over a patient's slides.
+        resamples: of the bootstrap.
+    """
+    at_level = predictions.by_patient() if level == "patient" else predictions
+    cost = cost or Cost()
+    slides = len(np.unique(predictions.slide_ids.astype(str)))
+    row: dict[str, Any] = {"dataset": dataset, "task": task, "method": method, "group": group}
+    notes: dict[str, None] = {}
+    tidy = fold_scores(at_level)
+    tidy = tidy[tidy["level"] == "slide"]
+    for name in metrics:
+        metric(name)
+        by_fold = tidy[tidy["metric"] == name].groupby("fold")["value"].mean().dropna()
+        interval = bootstrap(at_level, name, seed=seed, resamples=resamples)
+        row[name] = interval.value
+        row[f"{name}_sd"] = float(by_fold.std(ddof=1)) if len(by_fold) > 1 else float("nan")
+        row[f"{name}_low"], row[f"{name}_high"] = interval.low, interval.high
+        notes.update(dict.fromkeys(interval.notes))
+    row |= {
+        "patches_per_slide": cost.patches_per_slide,
+        "seconds_per_slide": cost.seconds_per_slide,
+        "time_s": cost.seconds_per_slide * slides,
+        "folds": len(np.unique(predictions.folds)),
+        "seeds": len(np.unique(predictions.seeds)),
+        "slides": slides,
+        "patients": len(np.unique(predictions.patient_ids.astype(str))),
+        "note": "; ".join(notes),
+    }
+    return row
+
+
+def results_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Put rows of `result_row` into the order of the paper: datasets and tasks as given, groups, then methods."""
+    frame = pd.DataFrame(list(rows)).reset_index(drop=True)
+    positions = [
+        _positions(frame["dataset"].tolist(), ()),
+        _positions(frame["task"].tolist(), ()),
+        _positions(frame["group"].tolist(), GROUP_ORDER),
+        _positions(frame["method"].tolist(), METHOD_ORDER),
+    ]
+    order = sorted(range(len(frame)), key=lambda i: tuple(p[i] for p in positions))
+    return frame.iloc[order].reset_index(drop=True)
+
+
+def metrics_in(results: pd.DataFrame) -> list[str]:
+    """Names of the metrics of a results frame, in its order."""
+    return [str(c) for c in results.columns if str(c) in METRICS]
+
+
+def write_results(path: str | os.PathLike[str], results: pd.DataFrame) -> None:
+    """Write a results frame as CSV with all digits, atomically."""
+    with atomic_path(path) as scratch:
+        results.to_csv(scratch, index=False)
+
+
+def read_results(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """Read what `write_results` wrote."""
+    text = dict.fromkeys([*_KEYS, "note"], str)
+    frame = pd.read_csv(Path(path), dtype=text, float_precision="round_trip")
+    if "note" in frame:
+        frame["note"] = frame["note"].fillna("")
+    return frame
+
+
+def paper_frame(results: pd.DataFrame) -> pd.DataFrame:
+    """The paper's columns and units: dataset, task, method, group, acc and auc in percent, time_s; one decimal."""
+    out = results[[*_KEYS, "acc", "auc", "time_s"]].copy()
+    out["acc"], out["auc"] = (100 * results["acc"]).round(1), (100 * results["auc"]).round(1)
+    return out
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """Cells of one line; `best` marks the cells that hold the best mean of their column."""
+
+    group: str
+    cells: tuple[str, ...]
+    best: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table as text, before Markdown, LaTeX, terminal or HTML. The first column is the method's name."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[TableRow, ...]
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> TextTable:
+        """A plain table without groups."""
+        lines = tuple(TableRow("", tuple(str(c) for c in row), (False,) * len(row)) for row in rows)
+        return cls(title, tuple(header), lines)
+
+
+def text_table(
+    results: pd.DataFrame, *, title: str = "", show_sd: bool = True, show_interval: bool = True, show_cost: bool = True
+) -> TextTable:
+    """Lay out a results frame for reading: methods in lines; in columns, for each dataset and task, metrics and cost.
+
+    A cell reads "90.7 ± 2.1 [86.0, 94.1]": mean and sd over folds, then the 95 % interval. Best means (as printed) of a
+    column are marked. What is undefined says so; the reasons follow as notes.
+    """
+    tasks = list(dict.fromkeys(zip(results["dataset"], results["task"], strict=True)))
+    methods = list(dict.fromkeys(zip(results["group"], results["method"], strict=True)))
+    names = metrics_in(results)
+    header = ["Method"]
+    columns: list[list[str]] = []
+    marks: list[list[bool]] = []
+    for dataset, task in tasks:
+        part = results[(results["dataset"] == dataset) & (results["task"] == task)]
+        lines = {(r["group"], r["method"]): r for r in part.to_dict("records")}
+        lead = "" if len(tasks) == 1 else f"{dataset} {task}: "
+        for name in names:
+            header.append(lead + metric(name).title)
+            columns.append([_metric_cell(lines.get(m), name, show_sd, show_interval) for m in methods])
+            marks.append(_best([_shown(lines.get(m), name) for m in methods], metric(name).higher_is_better))
+        if show_cost:
+            for key, heading in (("patches_per_slide", "Patches / slide"), ("seconds_per_slide", "Seconds / slide")):
+                if part[key].notna().any():
+                    header.append(lead + heading)
+                    columns.append([_cost_cell(lines.get(m), key) for m in methods])
+                    marks.append([False] * len(methods))
+    rows = tuple(
+        TableRow(str(group), (str(method), *(c[i] for c in columns)), (False, *(m[i] for m in marks)))
+        for i, (group, method) in enumerate(methods)
+    )
+    return TextTable(title, tuple(header), rows, tuple(_notes(results, len(tasks) > 1, show_sd, show_interval)))
+
+
+def _notes(results: pd.DataFrame, several: bool, show_sd: bool, show_interval: bool) -> list[str]:
+    parts = ["mean over folds"]
+    if show_sd:
+        parts.append("± sd over folds (seeds averaged first)")
+    if show_interval:
+        parts.append("[95 % bootstrap interval over patients within test folds]")
+    notes = [" ".join(parts) + "; metrics in percent where the paper's are. Bold marks the best mean, not a test."]
+    for note, part in results[results["note"] != ""].groupby("note", sort=False):
+        where = [f"{r.dataset} {r.task}: {r.method}" if several else str(r.method) for r in part.itertuples()]
+        notes.append(f"{', '.join(where)}: {note}.")
+    return notes
+
+
+def _metric_cell(row: dict[Any, Any] | None, name: str, show_sd: bool, show_interval: bool) -> str:
+    if row is None:
+        return "–"
+    if not math.isfinite(row[name]):
+        return "undefined"
+    text = _number(row[name], name)
+    if show_sd and math.isfinite(row[f"{name}_sd"]):
+        text += f" ± {_number(row[f'{name}_sd'], name)}"
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    if show_interval and math.isfinite(low):
+        text += f" [{_number(low, name)}, {_number(high, name)}]"
+    return text
+
+
+def _number(value: float, name: str) -> str:
+    return f"{100 * value:.1f}" if metric(name).percent else f"{value:.3f}"
+
+
+def _shown(row: dict[Any, Any] | None, name: str) -> float:
+    """The value as printed, so that equal print is equally marked; nan if there is none."""
+    return float("nan") if row is None or not math.isfinite(row[name]) else float(_number(row[name], name))
+
+
+def _best(values: list[float], higher: bool) -> list[bool]:
+    known = [v for v in values if math.isfinite(v)]
+    if len(known) < 2:
+        return [False] * len(values)
+    top = max(known) if higher else min(known)
+    return [v == top for v in values]
+
+
+def _cost_cell(row: dict[Any, Any] | None, key: str) -> str:
+    if row is None or not math.isfinite(row[key]):
+        return "–"
+    return three_digits(row[key])
+
+
+def differences_table(differences: pd.DataFrame, title: str = "") -> TextTable:
+    """Lay out what `paired.compare_methods` returned: difference with its interval, and the tests."""
+    rows = []
+    for row in differences.to_dict("records"):
+        percent = metric(row["metric"]).percent
+        factor, digits = (100, 1) if percent else (1, 3)
+        numbers = [signed(factor * row[k], digits) for k in ("difference", "low", "high")]
+        text = "undefined" if numbers[0] == "–" else numbers[0]
+        if numbers[1] != "–":
+            text += f" [{numbers[1]}, {numbers[2]}]"
+        tests = [_p_value(row[k]) for k in ("p_permutation", "p_holm", "p_delong")]
+        rows.append([row["method"], metric(row["metric"]).title, text, *tests])
+    header = ["Against", "Metric", "Difference [95 % interval]", "p, permutation", "p, Holm", "p, DeLong"]
+    table = TextTable.of(title, header, rows)
+    noted = differences[differences["note"] != ""]
+    notes = [f"{row['method']}: {row['note']}." for row in noted.to_dict("records")]
+    lead = (
+        "Paired over the same patients: bootstrap interval; permutations swap whole patients between the methods; "
+        "Holm over the lines; DeLong within folds, for two classes and one slide per patient."
+    )
+    return replace(table, notes=(lead, *notes))
+
+
+def signed(value: float, digits: int) -> str:
+    """Write with a sign, and a true minus; a dash if undefined."""
+    return f"{value:+.{digits}f}".replace("-", "−") if math.isfinite(value) else "–"
+
+
+def _p_value(value: float) -> str:
+    if not math.isfinite(value):
+        return "–"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def three_digits(value: float) -> str:
+    """Three significant digits without an exponent: 0.0123, 1.23, 12.3, 123, 1,230."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else str(value)
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    rounded = round(value, 2 - math.floor(math.log10(abs(value))))
+    return f"{rounded:,.{min(decimals, 6)}f}"
+
+
+def _positions(values: list[str], known: Sequence[str]) -> list[int]:
+    order = list(dict.fromkeys([*known, *values]))
+    return [order.index(v) for v in values]
