@@ -1,14 +1,15 @@
-"""The layout of a piece of tissue, in um: outline, glands, fat, lymphocytes, fibres, every nucleus, every positive area.
+"""The layout of a piece of tissue, in um: outline, glands, fat, lymphocytes, fibres, positive areas.
 
-A scene knows nothing of pixels, so that it can be painted at any pixel size and in any window (`painter`). Glands, fat
-cells and the parcels that hold them are cells of warped Voronoi diagrams; half the difference between the distances to the
-nearest and to the second nearest seed serves as distance from the wall.
+A layout knows nothing of pixels, so that it can be painted at any pixel size and in any window (`painter`). Glands, fat
+cells and the parcels that hold them are cells of warped Voronoi diagrams; half the difference between the distances to
+the nearest and to the second nearest seed serves as distance from the wall.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -33,6 +34,10 @@ class Glands:
     """0 orderly .. 1 crowded, irregular, with narrow or several lumina"""
     wall_um: npt.NDArray[np.float32]
     """thickness of the epithelium"""
+    mucin: npt.NDArray[np.float32]
+    """0 to 1, how full of mucin droplets its cells are"""
+    content: npt.NDArray[np.float32]
+    """0 to 1, how full of secretion its lumen is"""
     size: npt.NDArray[np.float32]
     """factor on the size of its nuclei, whatever its class"""
     darkness: npt.NDArray[np.float32]
@@ -53,6 +58,8 @@ class Layout:
     """distance inside the lumen; negative outside lumina"""
     gland_id: npt.NDArray[np.int32]
     """row in `glands`, -1 outside glands"""
+    lumen_content: Field2D
+    """0 to 1, how full of secretion lumina are here"""
     fat_um: Field2D
     """distance inside a fat cell; negative outside fat cells"""
     inflammation: Field2D
@@ -74,8 +81,8 @@ class Wish:
     positive_share: float
     """share of the tissue that is positive"""
     foci: int
-    whole: bool = False
-    """tissue everywhere, as in a tile cut from the middle of a slide"""
+    outline: Literal["pieces", "whole", "edge"] = "pieces"
+    """whole pieces on glass; or, as in a tile cut from a slide, tissue everywhere or up to one edge"""
     pieces: int = 1
     spacing_factor: float = 1.0
 
@@ -83,7 +90,7 @@ class Wish:
 def lay_out(rng: np.random.Generator, tissue: TissueSettings, width_um: float, height_um: float, wish: Wish) -> Layout:
     """Draw the layout of one scene."""
     shape = (math.ceil(height_um / STEP_UM), math.ceil(width_um / STEP_UM))
-    outline = np.full(shape, 1e3, np.float32) if wish.whole else _outline(rng, shape, tissue.tissue_share, wish.pieces)
+    outline = _outline(rng, shape, tissue.tissue_share, wish)
     grid = _grid(shape)
     warp = np.stack([smooth_noise(rng, shape, s) for s in (60, 60, 25, 25)], axis=-1)
 
@@ -95,15 +102,18 @@ def lay_out(rng: np.random.Generator, tissue: TissueSettings, width_um: float, h
     inside = outline > 0
 
     spacing = tissue.gland_spacing_um * wish.spacing_factor
-    seeds = jittered_grid(rng, width_um, height_um, spacing, 0.55)
+    stretch = _stretch(rng)
+    seeds = _stretched_grid(rng, width_um, height_um, spacing, stretch)
     held = (sample(parcel, seeds) == GLANDULAR) & (sample(outline, seeds) > 0.15 * spacing)
     seeds = seeds[held]
     positive = _choose_positive(rng, seeds, inside, spacing, wish)
     glands = _draw_glands(rng, seeds, positive, tissue, shape)
-    gland_um, lumen_um, gland_id = _gland_fields(rng, glands, grid, warp, spacing, shape)
+    gland_um, lumen_um, gland_id = _gland_fields(rng, glands, grid, warp, spacing, stretch, shape)
     gland_um = np.minimum(gland_um, outline - 6)
     gland_id[gland_um <= 0] = -1
     lumen_um = np.where(gland_id >= 0, lumen_um, -50).astype(np.float32)
+    content = np.zeros(shape, np.float32)
+    content[gland_id >= 0] = glands.content[gland_id[gland_id >= 0]]
 
     fat_um = _fat(rng, grid, warp, parcel == FATTY, width_um, height_um)
     fat_um = np.minimum(fat_um, -gland_um - 4)
@@ -117,7 +127,7 @@ def lay_out(rng: np.random.Generator, tissue: TissueSettings, width_um: float, h
     # fields that end in a cliff would ring when they are interpolated to pixels
     outline, gland_um, lumen_um, fat_um = (np.clip(f, -9, 60) for f in (outline, gland_um, lumen_um, fat_um))
     return Layout(
-        width_um, height_um, outline, gland_um, lumen_um, gland_id, fat_um, inflammation.astype(np.float32),
+        width_um, height_um, outline, gland_um, lumen_um, gland_id, content, fat_um, inflammation.astype(np.float32),
         looseness.astype(np.float32), along, across, glands, area,
     )  # fmt: skip
 
@@ -127,10 +137,17 @@ def _grid(shape: tuple[int, int]) -> npt.NDArray[np.float32]:
     return np.stack([(x + 0.5) * np.float32(STEP_UM), (y + 0.5) * np.float32(STEP_UM)], axis=-1)
 
 
-def _outline(rng: np.random.Generator, shape: tuple[int, int], share: float, pieces: int) -> Field2D:
-    """Distance inside one or more irregular pieces that together cover about `share` of the field."""
+def _outline(rng: np.random.Generator, shape: tuple[int, int], share: float, wish: Wish) -> Field2D:
+    """Distance inside the tissue; pieces together cover `share` of the field."""
+    if wish.outline == "whole":
+        return np.full(shape, 1e3, np.float32)
     h, w = shape[0] * STEP_UM, shape[1] * STEP_UM
     grid = _grid(shape)
+    if wish.outline == "edge":
+        turn, cut = rng.uniform(0, 2 * math.pi), rng.uniform(-0.15, 0.4)
+        along = (grid[..., 0] / w - 0.5) * math.cos(turn) + (grid[..., 1] / h - 0.5) * math.sin(turn)
+        return np.asarray((along + cut) * min(h, w) + 9 * fractal_noise(rng, shape, 110, 4), np.float32)
+    pieces = wish.pieces
     rough = 0.06 * min(h, w) * fractal_noise(rng, shape, 0.3 * min(h, w), 4) + 2.5 * fractal_noise(rng, shape, 24, 3)
     level = np.full(shape, -np.inf, np.float32)
     tilt = rng.uniform(0, math.pi)
@@ -187,7 +204,7 @@ def _draw_glands(
 ) -> Glands:
     count = len(seeds)
     # disorder and nuclear look drift over hundreds of um in every slide: benign variation that a reader has to see past
-    drift = [sample(smooth_noise(rng, shape, 330), seeds) for _ in range(3)]
+    drift = [sample(smooth_noise(rng, shape, 330), seeds) for _ in range(4)]
     disorder = 0.32 + 0.17 * drift[0] + rng.normal(0, 0.10, count) + 0.55 * tissue.architecture * positive
     disorder = np.clip(disorder, 0, 1)
     wall = rng.normal(17.5, 2.0, count) + 9 * disorder
@@ -196,6 +213,8 @@ def _draw_glands(
         positive=positive,
         disorder=disorder.astype(np.float32),
         wall_um=wall.astype(np.float32),
+        mucin=np.clip(0.9 * drift[3] - 0.35 + rng.normal(0, 0.15, count), 0, 1).astype(np.float32),
+        content=np.clip(rng.uniform(-2.0, 1.0, count), 0, 1).astype(np.float32),
         size=np.clip(drift[1] * 0.7 + rng.normal(0, 0.7, count), -2.5, 2.5).astype(np.float32),
         darkness=np.clip(drift[2] * 0.7 + rng.normal(0, 0.7, count), -2.5, 2.5).astype(np.float32),
     )
@@ -207,6 +226,7 @@ def _gland_fields(
     grid: npt.NDArray[np.float32],
     warp: npt.NDArray[np.float32],
     spacing: float,
+    stretch: Points,
     shape: tuple[int, int],
 ) -> tuple[Field2D, Field2D, npt.NDArray[np.int32]]:
     """Distance inside the gland, inside its lumen, and its row."""
@@ -217,7 +237,8 @@ def _gland_fields(
         return gland_um, lumen_um, gland_id
     near = cv2.distanceTransform(_away(glands.centre_um, shape), cv2.DIST_L2, 3) * STEP_UM < 1.1 * spacing
     points = grid[near] + 5.0 * warp[near][:, :2] + 3.0 * warp[near][:, 2:]
-    distance, index = cKDTree(glands.centre_um).query(points, k=2)
+    relax = np.linalg.inv(stretch)
+    distance, index = _two_nearest(glands.centre_um @ relax, points @ relax)
     first = index[:, 0]
     disorder = glands.disorder[first]
     septum = 5.5 - 4.3 * disorder
@@ -233,6 +254,29 @@ def _gland_fields(
     lumen_um[near] = lumen
     gland_id[near] = np.where(inside > 0, first, -1)
     return gland_um, lumen_um, gland_id
+
+
+def _two_nearest(seeds: Points, points: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Distances (P, 2) of points from their two nearest seeds, and the seeds' rows (P, 2)."""
+    distance, index = cKDTree(seeds).query(points, k=2)
+    return np.asarray(distance), np.asarray(index)
+
+
+def _stretch(rng: np.random.Generator) -> Points:
+    """A symmetric matrix (2, 2) of determinant 1 that draws all glands of a scene out in one direction."""
+    turn, factor = rng.uniform(0, math.pi), math.sqrt(rng.uniform(1.0, 1.6))
+    axis = np.array([math.cos(turn), math.sin(turn)])
+    along = np.outer(axis, axis)
+    return factor * along + (np.eye(2) - along) / factor
+
+
+def _stretched_grid(
+    rng: np.random.Generator, width_um: float, height_um: float, spacing: float, stretch: Points
+) -> Points:
+    side = 1.3 * math.hypot(width_um, height_um)
+    points = (jittered_grid(rng, side, side, spacing, 0.55) - side / 2) @ stretch + (width_um / 2, height_um / 2)
+    near = (points > -spacing).all(1) & (points < (width_um + spacing, height_um + spacing)).all(1)
+    return points[near]
 
 
 def _away(points: Points, shape: tuple[int, int]) -> npt.NDArray[np.uint8]:
@@ -257,7 +301,7 @@ def _fat(
     if not fatty.any():
         return fat_um
     seeds = jittered_grid(rng, width_um, height_um, 58, 0.7)
-    distance, _ = cKDTree(seeds).query(grid[fatty] + 3.0 * warp[fatty][:, 2:], k=2)
+    distance, _ = _two_nearest(seeds, grid[fatty] + 3.0 * warp[fatty][:, 2:])
     fat_um[fatty] = (distance[:, 1] - distance[:, 0]) / 2 - 0.7
     edge = cv2.distanceTransform(fatty.astype(np.uint8), cv2.DIST_L2, 3) * STEP_UM
     return np.minimum(fat_um, edge - 4).astype(np.float32)

@@ -7,6 +7,7 @@ Scenes are described by fields on a coarse grid, so that a scene can be painted 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import cv2
 import numpy as np
@@ -29,7 +30,9 @@ def smooth_noise(
     dx, dy = rng.uniform(0, 1, 2)
     matrix = np.array([[1 / cell, 0, 1 + dx], [0, 1 / cell, 1 + dy]], dtype=np.float64)
     noise = cv2.warpAffine(coarse, matrix, (w, h), flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP)
-    return noise * np.float32(1.29)  # cubic interpolation lowers the variance of white noise to 0.6 on average
+    return np.asarray(
+        noise * 1.29, np.float32
+    )  # cubic interpolation lowers the variance of white noise to 0.6 on average
 
 
 def fractal_noise(
@@ -42,7 +45,7 @@ def fractal_noise(
         weight = 0.5**octave
         total += np.float32(weight) * smooth_noise(rng, shape, scale_um / 2**octave, step_um)
         power += weight**2
-    return total / np.float32(math.sqrt(power))
+    return np.asarray(total / math.sqrt(power), np.float32)
 
 
 def to_pixels(
@@ -52,20 +55,21 @@ def to_pixels(
     mpp: float,
     *,
     step_um: float = STEP_UM,
-    nearest: bool = False,
+    smooth: bool = True,
 ) -> Field2D:
-    """Resample a coarse field to a window of (w, h) pixels whose top-left pixel is `origin_px` (x, y)."""
+    """Resample a coarse field to a window of (w, h) pixels whose top-left pixel is `origin_px` (x, y).
+
+    `smooth` interpolates cubically, for fields whose level lines are to be seen; else linearly, which is faster.
+    """
     scale = mpp / step_um
     shift = [(o + 0.5) * scale - 0.5 for o in origin_px]
     matrix = np.array([[scale, 0, shift[0]], [0, scale, shift[1]]], dtype=np.float64)
-    kind = cv2.INTER_NEAREST if nearest else cv2.INTER_CUBIC
-    flags = kind | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(field, matrix, size_px, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    flags = (cv2.INTER_CUBIC if smooth else cv2.INTER_LINEAR) | cv2.WARP_INVERSE_MAP
+    pixels = cv2.warpAffine(field, matrix, size_px, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(pixels, np.float32)
 
 
-def sample(
-    field: npt.NDArray[np.generic], points_um: npt.NDArray[np.float64], step_um: float = STEP_UM
-) -> npt.NDArray[np.generic]:
+def sample(field: npt.NDArray[Any], points_um: npt.NDArray[np.float64], step_um: float = STEP_UM) -> npt.NDArray[Any]:
     """Values of a coarse field at points (N, 2) in um, nearest sample."""
     h, w = field.shape[:2]
     col = np.clip((points_um[:, 0] / step_um).astype(np.int64), 0, w - 1)
@@ -76,7 +80,7 @@ def sample(
 def jittered_grid(
     rng: np.random.Generator, width_um: float, height_um: float, spacing_um: float, jitter: float = 0.5
 ) -> npt.NDArray[np.float64]:
-    """Points (N, 2) of a hexagonal grid, each moved by up to `jitter` x spacing / 2; the grid reaches over the border."""
+    """Points (N, 2) of a hexagonal grid that reaches over the border, each moved by up to `jitter` x spacing / 2."""
     row_um = spacing_um * math.sqrt(3) / 2
     rows, cols = math.ceil(height_um / row_um) + 3, math.ceil(width_um / spacing_um) + 3
     offset = rng.uniform(0, 1, 2) * (spacing_um, row_um)

@@ -2,9 +2,9 @@
 
 The fine evidence lives here. Chromatin patterns differ in grain, clumping, membrane and nucleoli, while each sprite is
 scaled until the *light* that passes through it is the one drawn for it from one and the same distribution. Equal
-transmitted light, rather than equal absorbance, is what makes patterns equal to a detector that averages over the nucleus:
-light is averaged after the exponential of Beer and Lambert, so that a clumped nucleus of equal absorbance would look
-paler from afar.
+light, rather than equal absorbance, is what makes patterns equal to a detector that averages over the nucleus: light is
+averaged after the exponential of Beer and Lambert, so that a clumped nucleus of equal absorbance would look paler from
+afar.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ FloatArray = npt.NDArray[np.float32]
 
 KINDS = ("epithelial", "fibroblast", "lymphocyte", "plasma", "mitosis", "pyknotic")
 EPITHELIAL, FIBROBLAST, LYMPHOCYTE, PLASMA, MITOSIS, PYKNOTIC = range(6)
-RED_CELL = 6
-"""Not a nucleus: a red blood cell, which absorbs eosin only and is no part of the truth."""
+RED_CELL, VACUOLE, DUST = 6, 7, 8
+"""Not nuclei, and no part of the truth: red blood cells and droplets of mucin, which hold no haematoxylin; dust."""
 
 SPRITE_STEP_UM = 0.25
 SPRITE_SIDE = 80
@@ -36,39 +36,34 @@ _DETECTOR = 0.68
 class Chromatin:
     """One chromatin pattern. Lengths in um, amplitudes relative to the mean absorbance."""
 
-    grain_um: float = 0.32
-    grain: float = 0.16
-    clump_um: float = 0.8
-    clump: float = 0.10
+    grain_um: float = 0.30
+    grain: float = 0.17
+    clump_um: float = 0.5
+    clump: float = 0.12
     stripe: float = 1.0
     """elongation of the grain along the nucleus"""
-    membrane: float = 0.25
-    nucleoli: float = 0.6
+    membrane: float = 0.0
+    """contrast of the rim, beyond the one that all nuclei have"""
+    nucleoli: float = 0.7
     """mean number"""
-    nucleolus_um: float = 0.45
-    nucleolus: float = 0.30
+    nucleolus_um: float = 0.42
+    nucleolus: float = 0.5
 
 
 FINE = Chromatin()
 POSITIVE_PATTERNS = (
-    Chromatin(
-        grain_um=0.4,
-        grain=0.15,
-        clump_um=0.75,
-        clump=0.55,
-        membrane=0.75,
-        nucleoli=1.5,
-        nucleolus_um=0.95,
-        nucleolus=1.5,
-    ),
-    Chromatin(grain_um=0.35, grain=0.10, clump=0.08, membrane=1.0, nucleoli=1.0, nucleolus_um=1.25, nucleolus=2.0),
-    Chromatin(grain_um=0.48, grain=0.60, clump=0.05, membrane=0.15, nucleoli=0.0),
-    Chromatin(grain_um=0.35, grain=0.03, clump=0.02, membrane=0.0, nucleoli=0.0),
-    Chromatin(grain_um=0.42, grain=0.50, clump=0.10, stripe=5.0, membrane=0.3, nucleoli=0.0),
-    Chromatin(grain_um=0.35, grain=0.12, clump=0.10, membrane=0.3, nucleoli=4.5, nucleolus_um=0.6, nucleolus=1.2),
+    Chromatin(grain_um=0.35, clump=0.62, membrane=0.25, nucleoli=1.6, nucleolus_um=0.85, nucleolus=1.9),
+    Chromatin(clump=0.05, membrane=0.8, nucleoli=1.0, nucleolus_um=1.1, nucleolus=2.6),
+    Chromatin(grain_um=0.42, grain=0.55, membrane=0.1, nucleoli=0.0),
+    Chromatin(grain=0.02, clump=0.02, membrane=-0.3, nucleoli=0.0),
+    Chromatin(grain_um=0.38, grain=0.50, stripe=5.0, membrane=0.1, nucleoli=0.0),
+    Chromatin(grain=0.10, membrane=0.1, nucleoli=4.5, nucleolus_um=0.6, nucleolus=1.3),
 )
-"""Pattern of label 1, 2, ...: coarse clumps with nucleoli; vesicular with one large nucleolus; salt and pepper; smudged;
-barred; many small nucleoli."""
+"""Patterns of labels 1, 2, ...: coarse clumps with nucleoli; vesicular with one large nucleolus; salt and pepper;
+smudged; barred; many small nucleoli."""
+
+COARSE_UM = 0.6
+"""Gaussian width of what counts as coarse texture: half the contrast of a period of 4.5 um, which 5x just resolves."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,7 @@ def blend(strength: float, pattern: Chromatin) -> Chromatin:
     """Return the pattern `strength` of the way from the fine one to `pattern`; 0 gives the fine one."""
     names = Chromatin.__dataclass_fields__
     values = {n: getattr(FINE, n) + strength * (getattr(pattern, n) - getattr(FINE, n)) for n in names}
-    floors = {"grain_um": 0.2, "clump_um": 0.3, "stripe": 1.0, "nucleolus_um": 0.2}
+    floors = {"membrane": -0.3, "grain_um": 0.2, "clump_um": 0.3, "stripe": 1.0, "nucleolus_um": 0.2}
     return Chromatin(**{n: max(v, floors.get(n, 0.0)) for n, v in values.items()})
 
 
@@ -96,17 +91,21 @@ def build_atlases(settings: NucleusSettings, classes: int, seed: int) -> dict[tu
     for pattern in range(classes):
         chromatin = FINE if pattern == 0 else blend(settings.pattern_strength, POSITIVE_PATTERNS[pattern - 1])
         rng = np.random.default_rng([seed, 71, pattern])
-        atlases[EPITHELIAL, pattern] = Atlas(draw_nuclei(rng, settings.shapes, 5.1, 3.9, 0.11, 0.62, 0.15, chromatin))
+        atlases[EPITHELIAL, pattern] = Atlas(
+            draw_nuclei(rng, settings.shapes, 4.9, 3.7, 0.11, 0.50, 0.15, chromatin, coarse=settings.visibility)
+        )
     rng = np.random.default_rng([seed, 72])
     few = max(settings.shapes // 3, 8)
-    dense = Chromatin(grain_um=0.45, grain=0.12, clump_um=0.9, clump=0.30, membrane=0.35, nucleoli=0.0)
-    spindle = Chromatin(grain_um=0.35, grain=0.15, clump=0.12, membrane=0.2, nucleoli=0.0)
-    atlases[FIBROBLAST, 0] = Atlas(draw_nuclei(rng, few, 6.3, 1.75, 0.22, 0.72, 0.18, spindle, pointed=0.55))
-    atlases[LYMPHOCYTE, 0] = Atlas(draw_nuclei(rng, few, 3.2, 2.95, 0.07, 0.95, 0.12, dense))
-    atlases[PLASMA, 0] = Atlas(draw_nuclei(rng, few, 3.5, 3.0, 0.08, 0.85, 0.12, dense))
-    atlases[MITOSIS, 0] = Atlas(draw_nuclei(rng, few, 3.9, 1.5, 0.20, 1.35, 0.10, blend(0, FINE), ragged=0.28))
-    atlases[PYKNOTIC, 0] = Atlas(draw_nuclei(rng, few, 2.1, 1.8, 0.20, 1.3, 0.10, POSITIVE_PATTERNS[3], ragged=0.15))
-    atlases[RED_CELL, 0] = Atlas(draw_nuclei(rng, few, 3.4, 3.1, 0.06, 0.62, 0.12, POSITIVE_PATTERNS[3]))
+    dense = Chromatin(grain_um=0.45, grain=0.12, clump_um=0.8, clump=0.28, nucleoli=0.0)
+    spindle = Chromatin(grain_um=0.35, grain=0.15, clump=0.12, nucleoli=0.0)
+    atlases[FIBROBLAST, 0] = Atlas(draw_nuclei(rng, few, 5.8, 1.5, 0.22, 0.60, 0.18, spindle, pointed=0.55))
+    atlases[LYMPHOCYTE, 0] = Atlas(draw_nuclei(rng, few, 3.2, 2.95, 0.07, 0.80, 0.12, dense))
+    atlases[PLASMA, 0] = Atlas(draw_nuclei(rng, few, 3.5, 3.0, 0.08, 0.70, 0.12, dense))
+    atlases[MITOSIS, 0] = Atlas(draw_nuclei(rng, few, 3.9, 1.5, 0.20, 1.15, 0.10, blend(0, FINE), ragged=0.28))
+    atlases[PYKNOTIC, 0] = Atlas(draw_nuclei(rng, few, 2.1, 1.8, 0.20, 1.15, 0.10, POSITIVE_PATTERNS[3], ragged=0.15))
+    atlases[RED_CELL, 0] = Atlas(draw_nuclei(rng, few, 3.4, 3.1, 0.06, 0.50, 0.12, POSITIVE_PATTERNS[3]))
+    atlases[VACUOLE, 0] = Atlas(draw_nuclei(rng, few, 4.6, 3.9, 0.15, 0.03, 0.30, POSITIVE_PATTERNS[3]))
+    atlases[DUST, 0] = Atlas(draw_nuclei(rng, few, 3.0, 1.6, 0.40, 1.6, 0.20, dense, ragged=0.3))
     return atlases
 
 
@@ -122,6 +121,7 @@ def draw_nuclei(
     *,
     pointed: float = 0.0,
     ragged: float = 0.03,
+    coarse: float = 1.0,
 ) -> FloatArray:
     """Draw `count` sprites (count, side, side, 2) with half axes `long_um`, `short_um`.
 
@@ -136,6 +136,8 @@ def draw_nuclei(
         chromatin: the pattern inside.
         pointed: 0 for ellipses, up to 1 for spindles.
         ragged: relative roughness of the outline.
+        coarse: share of the coarse part of the texture (`COARSE_UM`) that is kept; at 0 the absorbance around every
+            point of the nucleus, and not only its mean, is that of a plain nucleus.
     """
     half = (SPRITE_SIDE - 1) / 2
     axis = (np.arange(SPRITE_SIDE, dtype=np.float32) - half) * SPRITE_STEP_UM
@@ -155,13 +157,14 @@ def draw_nuclei(
     depth_um = (1 - radius) * b  # distance from the membrane, about
     coverage = np.clip(depth_um / 0.5 + 0.5, 0, 1)
 
-    density = np.ones_like(coverage)
-    density += chromatin.grain * _noise(rng, count, chromatin.grain_um, chromatin.stripe)
-    clumps = _noise(rng, count, chromatin.clump_um, 1.0)
-    density += chromatin.clump * np.tanh(1.6 * clumps)
-    density += chromatin.membrane * np.exp(-(((depth_um - 0.35) / 0.45) ** 2))
-    density += _nucleoli(rng, count, chromatin, x, y, a, b)
-    np.clip(density, 0.12, None, out=density)
+    rim = np.exp(-(((depth_um - 0.35) / 0.45) ** 2))
+    texture = chromatin.grain * _noise(rng, count, chromatin.grain_um, chromatin.stripe)
+    texture += chromatin.clump * np.tanh(1.6 * _noise(rng, count, chromatin.clump_um, 1.0))
+    texture += chromatin.membrane * rim
+    texture += _nucleoli(rng, count, chromatin, x, y, a, b)
+    if coarse < 1:
+        texture -= (1 - coarse) * _low_pass(texture, coverage)
+    density = np.clip(1 + 0.3 * rim + texture, 0.1, None)
 
     wanted = absorbance * np.exp(rng.normal(0, absorbance_sd, count)).astype(np.float32)
     density *= _equalise(density, coverage, wanted)[:, None, None]
@@ -172,7 +175,7 @@ def draw_nuclei(
 
 
 def _equalise(density: FloatArray, coverage: FloatArray, wanted: FloatArray) -> FloatArray:
-    """Factors (n,) on density (n, h, w) so that it lets as much light through as a plain nucleus of density `wanted`."""
+    """Factors (n,) on density (n, h, w) that let as much light through as a plain nucleus of density `wanted` does."""
     k = np.float32(math.log(10) * _DETECTOR)
     weight = coverage / coverage.sum((1, 2), keepdims=True)
     target = np.exp(-k * wanted)
@@ -183,6 +186,16 @@ def _equalise(density: FloatArray, coverage: FloatArray, wanted: FloatArray) -> 
         slope = -k * (light * density).sum((1, 2))
         factor = factor - error / slope
     return factor.astype(np.float32)
+
+
+def _low_pass(texture: FloatArray, coverage: FloatArray) -> FloatArray:
+    """Coarse part of textures (n, h, w), averaged inside the nucleus only."""
+    low = np.empty_like(texture)
+    sigma = COARSE_UM / SPRITE_STEP_UM
+    for i in range(len(texture)):
+        weight = cv2.GaussianBlur(coverage[i], (0, 0), sigma)
+        low[i] = cv2.GaussianBlur(coverage[i] * texture[i], (0, 0), sigma) / np.maximum(weight, 1e-3)
+    return low
 
 
 def _noise(rng: np.random.Generator, count: int, scale_um: float, stripe: float) -> FloatArray:
@@ -258,11 +271,11 @@ def paste(
         window = (slice(y0 + top, y0 + bottom), slice(x0 + left, x0 + right))
         keep = 1 - patch[..., 0]
         stain = patch[..., 1] * np.float32(darkness[n])
-        if kind[n] == RED_CELL:
+        if kind[n] == RED_CELL or kind[n] == VACUOLE:
             haematoxylin[window] *= keep
             eosin[window] *= keep
             eosin[window] += stain
         else:
             haematoxylin[window] *= keep
             haematoxylin[window] += stain
-            eosin[window] *= 0.3 + 0.7 * keep
+            eosin[window] *= 0.6 + 0.4 * keep

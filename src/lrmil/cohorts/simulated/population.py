@@ -10,8 +10,9 @@ import numpy.typing as npt
 from scipy.spatial import cKDTree
 
 from lrmil.cohorts.simulated.architecture import Layout
-from lrmil.cohorts.simulated.fields import STEP_UM, jittered_grid, sample
+from lrmil.cohorts.simulated.fields import STEP_UM, Field2D, jittered_grid, sample
 from lrmil.cohorts.simulated.nuclei import (
+    DUST,
     EPITHELIAL,
     FIBROBLAST,
     LYMPHOCYTE,
@@ -19,6 +20,7 @@ from lrmil.cohorts.simulated.nuclei import (
     PLASMA,
     PYKNOTIC,
     RED_CELL,
+    VACUOLE,
 )
 from lrmil.cohorts.simulated.settings import NucleusSettings
 
@@ -49,16 +51,23 @@ class Population:
         return Population(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
 
 
-def populate(rng: np.random.Generator, layout: Layout, nuclei: NucleusSettings, label: int) -> Population:
+def populate(
+    rng: np.random.Generator,
+    layout: Layout,
+    nuclei: NucleusSettings,
+    classes: int,
+    label: int,
+    dust_um: Points | None = None,
+) -> Population:
     """Place the nuclei of one scene whose positive areas, if any, show the pattern of `label`."""
     epithelium, gland, normal = _epithelium(rng, layout)
     stroma, stroma_kind, stroma_angle = _stroma(rng, layout)
-
     count = len(epithelium)
     in_area = layout.glands.positive[gland] if count else np.zeros(0, bool)
     share = np.where(in_area, nuclei.atypical_share, nuclei.background_atypical_share)
     atypical = rng.uniform(size=count) < share
-    pattern_of_area = np.full(count, label if label else 1)
+    stray = rng.integers(1, classes, count)
+    pattern_of_area = np.where(in_area, label, stray)
     kind = np.full(count, EPITHELIAL)
     draw = rng.uniform(size=count)
     kind[draw < np.where(in_area, nuclei.mitoses, 0.1 * nuclei.mitoses)] = MITOSIS
@@ -73,18 +82,25 @@ def populate(rng: np.random.Generator, layout: Layout, nuclei: NucleusSettings, 
     darkness = darkness * (1 + 0.25 * shown)
     angle = normal + rng.normal(0, 0.35, count)
 
-    others = len(stroma)
-    x, y = np.concatenate([stroma, epithelium]).T
+    vacuoles = _vacuoles(rng, layout)
+    dust = np.zeros((0, 2)) if dust_um is None else dust_um
+    counts = [len(vacuoles), len(stroma), count, len(dust)]
+    ones = [rng.normal(1, 0.06, (2, n)) for n in counts]
+    ones[2] = np.stack([size, darkness])
+    turns = [rng.uniform(0, math.pi, n) for n in counts]
+    turns[1], turns[2] = stroma_angle, angle
+    plainly = [np.zeros(n, int) for n in counts]
+    x, y = np.concatenate([vacuoles, stroma, epithelium, dust]).T
     population = Population(
         x_um=x,
         y_um=y,
-        kind=np.concatenate([stroma_kind, kind]).astype(np.uint8),
-        pattern=np.concatenate([np.zeros(others, int), pattern]).astype(np.uint8),
-        in_area=np.concatenate([sample(layout.positive, stroma), in_area]).astype(bool),
-        sprite=rng.integers(0, 1 << 30, others + count),
-        angle=np.concatenate([stroma_angle, angle]),
-        size=np.concatenate([rng.normal(1, 0.05, others), size]),
-        darkness=np.concatenate([rng.normal(1, 0.06, others), darkness]),
+        kind=np.concatenate([plainly[0] + VACUOLE, stroma_kind, kind, plainly[3] + DUST]).astype(np.uint8),
+        pattern=np.concatenate([*plainly[:2], pattern, plainly[3]]).astype(np.uint8),
+        in_area=np.concatenate([plainly[0] > 0, sample(layout.positive, stroma), in_area, plainly[3] > 0]),
+        sprite=rng.integers(0, 1 << 30, len(x)),
+        angle=np.concatenate(turns),
+        size=np.concatenate([s for s, _ in ones]),
+        darkness=np.concatenate([d for _, d in ones]),
     )
     inside = (x >= 0) & (y >= 0) & (x < layout.width_um) & (y < layout.height_um)
     return population.take(inside)
@@ -96,7 +112,7 @@ def _epithelium(rng: np.random.Generator, layout: Layout) -> tuple[Points, npt.N
     depth = sample(layout.gland_um, points)
     lumen = sample(layout.lumen_um, points)
     points = points[(depth > 2.5) & (lumen < -3.5)]
-    slope_y, slope_x = np.gradient(layout.gland_um, STEP_UM)
+    slope_y, slope_x = _gradient(layout.gland_um)
     slope = np.stack([sample(slope_x, points), sample(slope_y, points)], axis=1)
     length = np.maximum(np.linalg.norm(slope, axis=1, keepdims=True), 0.3)
     depth = sample(layout.gland_um, points)
@@ -114,6 +130,17 @@ def _epithelium(rng: np.random.Generator, layout: Layout) -> tuple[Points, npt.N
     ok = gland >= 0
     direction = np.arctan2(slope[keep][ok, 1], slope[keep][ok, 0])
     return points[ok], gland[ok], direction
+
+
+def _vacuoles(rng: np.random.Generator, layout: Layout) -> Points:
+    """Droplets of mucin between the nuclei and the lumen of mucinous glands."""
+    points = jittered_grid(rng, layout.width_um, layout.height_um, 8.5, 0.35)
+    gland = sample(layout.gland_id, points)
+    apical = (gland >= 0) & (sample(layout.gland_um, points) > 9) & (sample(layout.lumen_um, points) < -3)
+    points, gland = points[apical], gland[apical]
+    if not len(points):
+        return points
+    return points[rng.uniform(size=len(points)) < 1.4 * layout.glands.mucin[gland]]
 
 
 def _stroma(rng: np.random.Generator, layout: Layout) -> tuple[Points, npt.NDArray[np.int64], Points]:
@@ -135,7 +162,7 @@ def _stroma(rng: np.random.Generator, layout: Layout) -> tuple[Points, npt.NDArr
     kind[plasma] = PLASMA
     points, kind = points[kind >= 0], kind[kind >= 0]
 
-    slope_y, slope_x = np.gradient(layout.fibre_across_um, STEP_UM)
+    slope_y, slope_x = _gradient(layout.fibre_across_um)
     along = np.arctan2(sample(slope_y, points), sample(slope_x, points)) + math.pi / 2
     angle = along + rng.normal(0, 0.25, len(points))
     round_ones = kind != FIBROBLAST
@@ -153,7 +180,7 @@ def _red_cells(rng: np.random.Generator, layout: Layout) -> tuple[Points, Points
     centres = rng.uniform(0, 1, (rng.poisson(26 * area_mm2), 2)) * (layout.width_um, layout.height_um)
     ok = (sample(layout.gland_um, centres) < -7) & (sample(layout.tissue_um, centres) > 14)
     centres = centres[ok & (sample(layout.fat_um, centres) < -3)]
-    slope_y, slope_x = np.gradient(layout.fibre_across_um, STEP_UM)
+    slope_y, slope_x = _gradient(layout.fibre_across_um)
     angle = np.arctan2(sample(slope_y, centres), sample(slope_x, centres)) + math.pi / 2
     groups = []
     for centre, turn in zip(centres, angle, strict=True):
@@ -163,6 +190,12 @@ def _red_cells(rng: np.random.Generator, layout: Layout) -> tuple[Points, Points
     red = np.concatenate(groups) if groups else np.zeros((0, 2))
     red = red[sample(layout.gland_um, red) < -3] if len(red) else red
     return red, rng.uniform(0, math.pi, len(red))
+
+
+def _gradient(field: Field2D) -> tuple[Field2D, Field2D]:
+    """Slope of a coarse field along y and along x, per um."""
+    along_y, along_x = np.gradient(field, STEP_UM)
+    return np.asarray(along_y, np.float32), np.asarray(along_x, np.float32)
 
 
 def _thin(points: Points, priority: npt.NDArray[np.float64], spacing_um: float) -> npt.NDArray[np.bool_]:

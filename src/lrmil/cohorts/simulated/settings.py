@@ -16,7 +16,7 @@ class StainSettings(Settings):
     """Colour: how haematoxylin and eosin absorb, and how much that varies from site to site and slide to slide."""
 
     haematoxylin: tuple[float, float, float] = Field(
-        (0.62, 0.73, 0.28), description="optical density of haematoxylin in red, green, blue (direction only)"
+        (0.59, 0.75, 0.29), description="optical density of haematoxylin in red, green, blue (direction only)"
     )
     eosin: tuple[float, float, float] = Field(
         (0.21, 0.88, 0.42), description="optical density of eosin in red, green, blue (direction only)"
@@ -38,12 +38,16 @@ class ScannerSettings(Settings):
     blur_spread: float = Field(0.25, ge=0, le=1, description="relative spread of the blur between slides")
     noise: float = Field(1.6, ge=0, le=30, description="standard deviation of sensor noise, grey levels of 255")
     artefacts: float = Field(
-        0.3, ge=0, le=10, description="mean number of pen marks, folds, dust specks and blurred fields per mm2 of slide"
+        0.3,
+        ge=0,
+        le=10,
+        description="mean number of artefacts per mm2 of slide: folds, pen strokes, fields out of focus; five times "
+        "as many specks of dust",
     )
 
 
 class NucleusSettings(Settings):
-    """Nuclei and the fine evidence. Positive and negative epithelial nuclei differ in chromatin pattern first of all."""
+    """Nuclei and the fine evidence: positive and negative epithelial nuclei differ in their chromatin pattern."""
 
     atypical_share: float = Field(
         0.85, ge=0, le=1, description="share of epithelial nuclei with the positive pattern inside positive areas"
@@ -61,8 +65,9 @@ class NucleusSettings(Settings):
         0.15,
         ge=0,
         le=1,
-        description="how much of the difference survives at 5x: positive nuclei are up to 22 % wider and absorb up to "
-        "25 % more (at 1); at 0 mean size, density, colour and absorbance are equal and only the pattern differs",
+        description="how much of the difference survives at 5x: the share of the pattern's coarse part that is kept; at "
+        "1, positive nuclei are also 22 % wider and absorb 25 % more; at 0, mean size, density and colour are equal and "
+        "only texture finer than 5x resolves differs",
     )
     mitoses: float = Field(
         0.01, ge=0, le=0.2, description="share of mitotic figures among epithelial nuclei of positive areas"
@@ -86,8 +91,8 @@ class TissueSettings(Settings):
         0.25,
         ge=0,
         le=1,
-        description="evidence that 5x shows: how much more crowded, irregular and narrow-lumened glands of positive areas "
-        "are than others, beside the variation that all glands have; 0: not at all",
+        description="evidence that 5x shows: how much more crowded, irregular and narrow-lumened glands of positive "
+        "areas are than others, beside the variation that all glands have; 0: not at all",
     )
     witness_rate: float = Field(
         0.25, gt=0, le=0.8, description="share of the tissue of a positive slide that is positive"
@@ -106,6 +111,22 @@ class TissueSettings(Settings):
         return self
 
 
+class SurvivalSettings(Settings):
+    """Exponential survival times: hazard = log(2) / median * exp(log_hazard * (share / witness_rate - 1))."""
+
+    median_months: float = Field(30.0, gt=0, description="median survival at a positive share of witness_rate")
+    log_hazard: float = Field(1.2, description="change of the log hazard as the positive share rises by witness_rate")
+    follow_up_months: tuple[float, float] = Field(
+        (12.0, 72.0), description="shortest and longest follow-up; who lives longer is censored there"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> SurvivalSettings:
+        if not 0 < self.follow_up_months[0] <= self.follow_up_months[1]:
+            raise ValueError("follow_up_months must be two positive numbers, shortest <= longest")
+        return self
+
+
 class SimulatedSettings(Settings):
     """A simulated cohort. The same settings always give the same pixels."""
 
@@ -118,8 +139,14 @@ class SimulatedSettings(Settings):
         2, ge=2, le=MAX_CLASSES, description="number of labels; label 0 has no positive area, others a pattern each"
     )
     sites: int = Field(3, ge=1, le=50, description="number of sites, each with its own stain and scanner")
-    slide_px: int = Field(2304, ge=512, le=200_000, description="side of a slide at level 0, in pixels")
-    mpp: Literal[0.25, 0.5] = Field(0.5, description="um per level-0 pixel: 0.5 is called 20x, 0.25 is called 40x")
+    slide_px: int = Field(2304, ge=512, le=20_000, description="side of a slide at level 0, in pixels")
+    mpp: float = Field(0.5, ge=0.2, le=1.0, description="um per level-0 pixel: 0.5 is called 20x, 0.25 is called 40x")
+    target: Literal["class", "share", "survival"] = Field(
+        "class",
+        description="what is to be predicted: a label; the share of the tissue that is positive; or survival times "
+        "whose hazard that share drives (columns time, event). In the last two every slide may have positive tissue",
+    )
+    survival: SurvivalSettings = Field(SurvivalSettings(), description="survival times, where they are the target")
     tissue: TissueSettings = Field(TissueSettings(), description="tissue and architecture")
     nuclei: NucleusSettings = Field(NucleusSettings(), description="nuclei and the fine evidence")
     stain: StainSettings = Field(StainSettings(), description="stain colours")
@@ -130,6 +157,8 @@ class SimulatedSettings(Settings):
     def _check(self) -> SimulatedSettings:
         if self.patients > self.slides:
             raise ValueError(f"patients={self.patients} is more than slides={self.slides}")
+        if self.target != "class" and self.classes != 2:
+            raise ValueError(f"target {self.target!r} has one kind of positive tissue: leave classes at 2")
         if self.patients < self.classes:
             raise ValueError(f"patients={self.patients} is fewer than classes={self.classes}")
         return self
