@@ -12,8 +12,6 @@ Nothing in it is code and nothing is unpickled. Loading needs neither the traini
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,17 +76,6 @@ class BundleManifest(Settings):
     software: dict[str, str]
     files: dict[str, str] = {}
     """SHA-256 of every other file"""
-
-
-def software_versions() -> dict[str, str]:
-    """Return the versions that a result may depend on."""
-    found = {"python": platform.python_version(), "lrmil": __version__}
-    for package in ("torch", "timm", "numpy", "openslide-python", "openslide-bin", "opencv-python-headless"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def save_bundle(folder: Path, manifest: BundleManifest, encoder: Encoder, head: MILHead) -> BundleManifest:

@@ -12,13 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lrmil.encoders import embed
-from lrmil.errors import TooManyUnreadable
 from lrmil.files import write_json
 from lrmil.geometry import IntArray
 from lrmil.inference.bundle import BundleManifest, load_parts
 from lrmil.inference.prepare import PreparedSlide, prepare_slide
-from lrmil.inference.stream import ReadingLog, region_reads, stream_patches
+from lrmil.inference.stream import ReadingLog, encode_patches, region_reads
 from lrmil.slides import Slide, io_counter, open_slide
 
 Progress = Callable[[int, int], None]
@@ -128,52 +126,42 @@ class Bundle:
         prepared = prepare_slide(slide, m.grid, m.tissue, m.tiles)
         grid = prepared.grid
 
-        log = ReadingLog()
-        features: list[npt.NDArray[np.float32]] = []
-        rows: list[IntArray] = []
-        encoding_s = 0.0
-        batches = stream_patches(
-            slide, region_reads(grid), grid.scale.patch_px, batch_size=batch_size, threads=threads, log=log
+        seen = encode_patches(
+            slide,
+            region_reads(grid),
+            grid.scale.patch_px,
+            self.encoder,
+            batch_size=batch_size,
+            threads=threads,
+            max_unreadable=m.tiles.max_unreadable,
+            on_progress=(lambda done: on_progress(done, grid.num_regions)) if on_progress else None,
         )
-        for batch in batches:
-            start = time.perf_counter()
-            features.append(embed(self.encoder, batch.images).embedding)
-            encoding_s += time.perf_counter() - start
-            rows.append(batch.rows)
-            if on_progress:
-                on_progress(sum(map(len, rows)), grid.num_regions)
-        log.raise_if_too_many(slide.name, m.tiles.max_unreadable)
-        if not features:
-            raise TooManyUnreadable(
-                f"no region can be decoded; first: {log.first_error}",
-                slide=slide.name,
-                fix="Copy the file again from its source.",
-            )
 
         start = time.perf_counter()
         with torch.inference_mode():
-            out = self.head(torch.from_numpy(np.concatenate(features)).float().to(self.device))
-            probabilities = torch.softmax(out.logits, dim=-1).cpu().numpy()
+            out = self.head(torch.from_numpy(seen.embedding).float().to(self.device))
+            probabilities = self.head.probabilities(out.logits.double()).cpu().numpy()
             attention = None if out.attention is None else out.attention.float().cpu().numpy()
         mil_s = time.perf_counter() - start
 
         bytes_after = io_counter()
-        seen = np.concatenate(rows)
         return Prediction(
             slide=slide.name,
             path=str(slide.path),
             task=m.task,
             probabilities={name: float(p) for name, p in zip(m.classes, probabilities, strict=True)},
             predicted=m.classes[int(probabilities.argmax())],
-            boxes_l0=grid.region_boxes_l0[seen],
+            boxes_l0=grid.region_boxes_l0[seen.rows],
             attention=attention,
-            seconds=Seconds(prepared.seconds, log.busy_s, encoding_s, mil_s, time.perf_counter() - began),
-            patches_read=log.patches,
-            patches_encoded=len(seen),
-            unreadable=len(log.unreadable),
+            seconds=Seconds(
+                prepared.seconds, seen.log.busy_s, seen.encoding_s, mil_s, time.perf_counter() - began
+            ),
+            patches_read=seen.log.patches,
+            patches_encoded=len(seen.rows),
+            unreadable=len(seen.log.unreadable),
             bytes_read=None if bytes_before is None or bytes_after is None else bytes_after - bytes_before,
             scale=_scale_note(slide, prepared),
-            warnings=self._warnings(prepared, log),
+            warnings=self._warnings(prepared, seen.log),
             prepared=prepared,
         )
 
@@ -224,7 +212,7 @@ def _scale_note(slide: Slide, prepared: PreparedSlide) -> dict[str, Any]:
         "patch_px": scale.patch_px,
         "levels_opened": [
             {"level": level, "mpp": slide.mpp * slide.levels[level].downsample, "reads": reads}
-            for level, reads in sorted(slide.stats.reads_per_level.items())
+            for level, reads in sorted(slide.stats.level_reads.items())
         ],
         "reader": slide.reader,
     }

@@ -60,7 +60,7 @@ def prepare_slide(slide: Slide, grid: GridSettings, tissue: TissueSettings, tile
     if matched.num_regions < tiles.min_regions:
         raise NoTissue(
             f"{matched.num_regions} regions of {matched.scale.region_side_l0 * slide.mpp:.0f} um hold tissue, "
-            f"{tiles.min_regions} are needed ({mask.share:.1%} of the slide is tissue).",
+            f"{tiles.min_regions} are needed ({mask.tissue_share:.1%} of the slide is tissue).",
             slide=slide.name,
             fix="Look at it with `lrmil info`; if tissue was missed, change the tissue settings.",
         )

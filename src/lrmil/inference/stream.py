@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from lrmil.encoders import Encoder, embed
 from lrmil.errors import TooManyUnreadable, UnreadableRegion
 from lrmil.geometry import IntArray, MatchedGrid
 from lrmil.slides import Slide
@@ -117,6 +118,64 @@ def stream_patches(
             images, rows = images[batch_size:], rows[batch_size:]
     if images:
         yield PatchBatch(np.asarray(rows, dtype=np.int64), np.stack(images))
+
+
+@dataclass(frozen=True)
+class EncodedPatches:
+    """What an encoder said about the patches of one slide that could be decoded."""
+
+    rows: IntArray
+    """(n,) rows of the grid, in reading order"""
+    embedding: npt.NDArray[np.floating]
+    """(n, E)"""
+    cls: dict[int, npt.NDArray[np.floating]]
+    """{layer: (n, W)}, the layers that were asked for"""
+    log: ReadingLog
+    encoding_s: float
+
+
+def encode_patches(
+    slide: Slide,
+    reads: Sequence[Read],
+    patch_px: int,
+    encoder: Encoder,
+    *,
+    batch_size: int,
+    threads: int,
+    precision: str = "auto",
+    cls_layers: Sequence[int] = (),
+    dtype: npt.DTypeLike = np.float32,
+    max_unreadable: float = 1.0,
+    on_progress: Callable[[int], None] | None = None,
+) -> EncodedPatches:
+    """Read and encode patches of one slide; `on_progress` is called with the number of patches done so far.
+
+    Raises:
+        TooManyUnreadable: more than the share `max_unreadable` cannot be decoded, or all of them.
+    """
+    log = ReadingLog()
+    rows, embeddings = [], []
+    cls: dict[int, list[npt.NDArray[np.floating]]] = {layer: [] for layer in cls_layers}
+    encoding_s = 0.0
+    for batch in stream_patches(slide, reads, patch_px, batch_size=batch_size, threads=threads, log=log):
+        began = time.perf_counter()
+        out = embed(encoder, batch.images, cls_layers=cls_layers, precision=precision)
+        encoding_s += time.perf_counter() - began
+        rows.append(batch.rows)
+        embeddings.append(out.embedding.astype(dtype, copy=False))
+        for layer in cls_layers:
+            cls[layer].append(out.cls[layer].astype(dtype, copy=False))
+        if on_progress:
+            on_progress(sum(map(len, rows)))
+    log.raise_if_too_many(slide.name, max_unreadable)
+    if not rows:
+        raise TooManyUnreadable(
+            f"no patch can be decoded; first: {log.first_error}",
+            slide=slide.name,
+            fix="Copy the file again from its source.",
+        )
+    joined = {layer: np.concatenate(parts) for layer, parts in cls.items()}
+    return EncodedPatches(np.concatenate(rows), np.concatenate(embeddings), joined, log, encoding_s)
 
 
 _Result = tuple[list[int], list[ImageArray], ReadingLog]

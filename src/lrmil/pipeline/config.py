@@ -9,6 +9,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
+from lrmil.encoders.cards import Embedding
+from lrmil.encoders.settings import EncoderSettings
 from lrmil.errors import ConfigError
 from lrmil.files import write_text
 from lrmil.geometry import GridSettings
@@ -19,20 +21,12 @@ from lrmil.training.stage1 import Stage1Settings
 from lrmil.training.stage2 import StudentSettings, TeacherSettings
 
 
-class EncoderSettings(Settings):
+class HREncoderSettings(EncoderSettings):
     """The frozen high-resolution encoder, which is also what the student starts from."""
 
-    name: str = Field("lrmil-small", description="a card (`lrmil encoders`), any timm ViT, or `timm:NAME`")
-    weights: str | None = Field(None, description="local weight file; default: where the card says")
-    input_px: int | None = Field(None, description="side of the patches it sees; default grid.patch_px")
-    embedding: str | None = Field(None, description="cls, token_mean, cls+token_mean or attention_pool; default the card's")
-    student_embedding: str | None = Field(None, description="the same for the student at low resolution; default cls")
-    position_embedding: Literal["resample", "legacy_slice"] = Field(
-        "resample", description="legacy_slice only to load weights of the authors' release"
-    )
-    random_seed: int | None = Field(None, description="random weights instead of trained ones, for a baseline")
-    batch_size: int = Field(64, ge=1, description="patches a forward pass")
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="arithmetic when encoding")
+    input_px: int | None = Field(None, description="side of the patches it sees; null: grid.patch_px")
+    student_embedding: Embedding | None = Field("cls", description="the student's output for a region; null: the card's")
+    stream_batch: int = Field(64, ge=1, description="patches that readers put together for the encoder")
 
 
 class CohortSettings(Settings):
@@ -72,12 +66,17 @@ class RunSettings(Settings):
     grid: GridSettings = GridSettings()  # type: ignore[call-arg]
     tissue: TissueSettings = TissueSettings()
     tiles: TileSettings = TileSettings()  # type: ignore[call-arg]
-    encoder: EncoderSettings = EncoderSettings()  # type: ignore[call-arg]
+    encoder: HREncoderSettings = HREncoderSettings()
     folds: FoldSettings = FoldSettings()  # type: ignore[call-arg]
     stage1: Stage1Settings = Stage1Settings()
     teacher: TeacherSettings = TeacherSettings()
     student: StudentSettings = StudentSettings()
     evaluation: EvaluationSettings = EvaluationSettings()  # type: ignore[call-arg]
+    targets: Literal["cached", "on_the_fly"] = Field(
+        "cached",
+        description="stage 1's targets: CLS of the distilled layers kept in float16 beside the 20x features, "
+        "or computed from the slides in every epoch, where disk is short",
+    )
     deploy: bool = Field(True, description="after cross-validation, train model/ on everything")
     seed: int = Field(0, description="seed of all training")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")

@@ -1,0 +1,100 @@
+"""`lrmil demo`, `lrmil run` and its stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Config = Annotated[Path, typer.Argument(help="YAML config; see `lrmil init`.")]
+Override = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change one setting; may be repeated.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and the result.")]
+
+STAGE_HELP = {
+    "tile": "Find the tissue of every slide and lay the matched grid over it.",
+    "encode": "Encode the 20x patches with the frozen encoder (and tile, where that is not done).",
+    "distill": "Stage 1: teach each fold's student encoder to see at 5x what the frozen encoder saw at 20x.",
+    "teacher": "Stage 2.1: train each fold's 20x teacher head on the slide labels.",
+    "student": "Stage 2.2: train each fold's 5x student head on labels, teacher logits and teacher attention.",
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+    app.command()(demo)
+    app.command()(init)
+    app.command()(run)
+    for name, text in STAGE_HELP.items():
+        _add_stage(app, name, text)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo"),
+    quiet: Quiet = False,
+) -> None:
+    """The whole method on a simulated cohort, offline, in some minutes: ends with a table and `demo/report.html`."""
+    from lrmil.pipeline.demo import run_demo
+    from lrmil.pipeline.reporting import Reporter
+
+    result = run_demo(out, Reporter(out / "log.jsonl", quiet=quiet))
+    _finish(result)
+
+
+def init(
+    cohort: Annotated[Path, typer.Argument(help="CSV with slide_id, patient_id, a label column and path.")],
+    config: Annotated[Path, typer.Option(help="Config to write.")] = Path("config.yaml"),
+    encoder: Annotated[str, typer.Option(help="See `lrmil encoders`.")] = "conch_v1",
+    task: Annotated[str, typer.Option(help="The label column.")] = "label",
+    out: Annotated[str, typer.Option(help="Output folder of the run.")] = "runs/first",
+) -> None:
+    """Check a cohort table and write a commented config for it."""
+    from lrmil.pipeline.starter import write_starter
+
+    for line in write_starter(cohort, config, encoder=encoder, task=task, out=out):
+        print(line)
+    print(f"wrote {config}; next: lrmil run {config}")
+
+
+def run(config: Config, overrides: Override = None, quiet: Quiet = False) -> None:
+    """Cohort in, cross-validated low-resolution model out. Resumes; skips what is done.
+
+    Writes to the config's `out` folder: tiles/, features/, folds/, tables/, report.html and model/, the bundle for
+    `lrmil predict`. Exit code 1 means that some slides failed; they are listed in failures.csv.
+    """
+    from lrmil.pipeline.run import run_all
+
+    _finish(run_all(*_open(config, overrides, quiet)))
+
+
+def _add_stage(app: typer.Typer, name: str, text: str) -> None:
+    def stage(config: Config, overrides: Override = None, quiet: Quiet = False) -> None:
+        from lrmil.pipeline.run import run_until
+
+        _finish(run_until(name, *_open(config, overrides, quiet)))
+
+    stage.__doc__ = f"{text} Runs what it needs first; skips what is done."
+    app.command(name=name)(stage)
+
+
+def _open(config: Path, overrides: list[str] | None, quiet: bool):  # type: ignore[no-untyped-def]
+    from lrmil.pipeline.config import load_config
+    from lrmil.pipeline.folder import RunFolder
+    from lrmil.pipeline.reporting import Reporter
+
+    settings = load_config(config, overrides)
+    return settings, Reporter(RunFolder(settings.out).log, quiet=quiet)
+
+
+def _finish(outcome) -> None:  # type: ignore[no-untyped-def]
+    for line in outcome.summary:
+        print(line)
+    if outcome.failures:
+        import sys
+
+        print(f"lrmil: {len(outcome.failures)} slides failed, see {outcome.folder.failures}:", file=sys.stderr)
+        for failure in outcome.failures:
+            print(f"  {failure.slide_id} ({failure.stage}): {failure.message}", file=sys.stderr)
+        raise typer.Exit(1)

@@ -1,0 +1,103 @@
+"""What every stage of a run shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from lrmil.cohorts.table import Cohort
+from lrmil.encoders import Encoder, create_encoder
+from lrmil.errors import LrmilError
+from lrmil.inference.predict import pick_device
+from lrmil.pipeline.config import RunSettings
+from lrmil.pipeline.folder import Failure, RunFolder
+from lrmil.pipeline.reporting import Reporter
+from lrmil.slides import Slide, open_slide
+
+
+@dataclass(frozen=True)
+class SlideEntry:
+    """One row of the cohort, as far as reading pixels needs it."""
+
+    slide_id: str
+    path: Path
+    mpp: float | None
+
+    def open(self) -> Slide:
+        """Open the slide with the cohort's mpp, if the cohort gives one."""
+        return open_slide(self.path, mpp=self.mpp)
+
+    def identity(self) -> dict[str, object]:
+        """Return what makes finished work on this slide stale: another file, or another mpp."""
+        status = self.path.stat()
+        return {"name": self.path.name, "bytes": status.st_size, "mtime": int(status.st_mtime), "mpp": self.mpp}
+
+
+@dataclass(frozen=True)
+class Split:
+    """One fold by slides: "0".."n-1" with a test part, or "final" without one."""
+
+    name: str
+    title: str
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+    test: tuple[str, ...]
+
+    def of(self, part: str) -> tuple[str, ...]:
+        """Return the slides of "train", "val" or "test"."""
+        parts: dict[str, tuple[str, ...]] = {"train": self.train, "val": self.val, "test": self.test}
+        return parts[part]
+
+    @property
+    def learned_from(self) -> dict[str, list[str]]:
+        """What a trained part of this fold depends on: its training and validation slides."""
+        return {"train": sorted(self.train), "val": sorted(self.val)}
+
+
+@dataclass
+class Run:
+    """Settings, folder, cohort and reporter of one run, and the failures so far."""
+
+    settings: RunSettings
+    folder: RunFolder
+    cohort: Cohort
+    reporter: Reporter
+    failures: list[Failure] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        """Where encoders and heads are trained and applied."""
+        return pick_device(self.settings.device)
+
+    def entries(self) -> list[SlideEntry]:
+        """Return the cohort's slides that have not failed, in the cohort's order."""
+        failed = {f.slide_id for f in self.failures}
+        table = self.cohort.table
+        mpps = table["mpp"] if "mpp" in table else [None] * len(table)
+        return [
+            SlideEntry(str(slide_id), Path(path), None if mpp is None or mpp != mpp else float(mpp))
+            for slide_id, path, mpp in zip(table["slide_id"], table["path"], mpps, strict=True)
+            if slide_id not in failed
+        ]
+
+    def fail(self, slide_id: str, stage: str, error: LrmilError) -> None:
+        """Note that a slide cannot be used; the others go on."""
+        failure = Failure.of(slide_id, stage, error)
+        self.failures.append(failure)
+        self.folder.write_failures(self.failures)
+        self.reporter.warn(failure.message)
+
+    def build_encoder(self, *, student: bool = False) -> Encoder:
+        """Build the HR encoder, or a fresh student: the same weights, with the student's embedding."""
+        chosen = self.settings.encoder
+        embedding = (chosen.student_embedding or "cls") if student else chosen.embedding
+        return create_encoder(
+            chosen.name,
+            input_px=chosen.input_px or self.settings.grid.patch_px,
+            weights=chosen.weights,
+            embedding=embedding,
+            random_seed=chosen.random_seed,
+            position_embedding=chosen.position_embedding,
+        )

@@ -1,0 +1,43 @@
+"""`lrmil demo`: the whole method on a simulated cohort, offline. Settings, encoder and seeds are fixed here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lrmil.cohorts.simulated import simulate_cohort, simulated_settings
+from lrmil.pipeline.config import parse_config
+from lrmil.pipeline.reporting import Reporter
+from lrmil.pipeline.run import Outcome, run_all
+
+PROCESSES = 2
+
+# Everything a reported number depends on. Chosen before any LRMIL result on this cohort; see docs/demo.md.
+CONFIG = {
+    "cohort": {"task": "label"},
+    "grid": {"patch_px": 64, "lr_mpp": 2.0, "hr_mpp": 0.5},
+    "encoder": {"name": "lrmil-small"},
+    "stage1": {"learning_rate": 3e-4, "epochs": 8, "patience": 3},
+    "evaluation": {
+        "baselines": ["majority", "colour_histogram", "random_encoder", "lr_only"],
+        "timed_slides": 5,
+        "heatmap_slides": 4,
+    },
+    "seed": 0,
+}
+
+
+def run_demo(out: Path, reporter: Reporter) -> Outcome:
+    """Simulate the cohort, run the whole method on it, and write the report."""
+    settings = simulated_settings("demo")
+    with (
+        reporter.stage("simulate", f"Simulating {settings.num_slides} slides"),
+        reporter.task("simulate", settings.num_slides) as progress,
+    ):
+        table = simulate_cohort(
+            out / "cohort", settings, processes=PROCESSES, on_progress=lambda name: progress.advance(note=name)
+        )
+    config = CONFIG | {"cohort": CONFIG["cohort"] | {"table": str(table)}, "out": str(out)}  # type: ignore[operator]
+    outcome = run_all(
+        parse_config(config, "demo"), reporter, title="LRMIL on simulated slides", command="lrmil demo", simulated=True
+    )
+    return outcome

@@ -1,0 +1,87 @@
+"""The deployed model: trained like a fold, on everything but the patients who choose the epoch; written as a bundle."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from lrmil.bags import software_versions
+from lrmil.encoders import Encoder
+from lrmil.geometry import MatchedGrid
+from lrmil.inference.bundle import BundleManifest, HeadSpec, TrainedOn, save_bundle
+from lrmil.pipeline.context import Run, Split
+from lrmil.pipeline.evaluate import LR_ONLY, LRMIL, TEACHER, Scores
+from lrmil.pipeline.heads import stored_head
+from lrmil.settings import fingerprint
+
+
+def write_model(
+    run: Run, split: Split, grids: Mapping[str, MatchedGrid], teacher: Encoder, student: Encoder, scores: Scores
+) -> BundleManifest:
+    """Write model/ from the parts trained for the final split."""
+    s = run.settings
+    head = stored_head(run.folder.fold(split.name) / "student")
+    described = head.describe()
+    spec = HeadSpec(
+        name=described.pop("name"),
+        in_dim=described.pop("in_dim"),
+        num_classes=described.pop("num_classes"),
+        options=described,
+    )
+    learned = [*split.train, *split.val]
+    counts = Counter(run.cohort.classes[run.cohort.label_of(slide)] for slide in learned)
+    regions = np.percentile([grids[slide].num_regions for slide in learned], [5, 50, 95])
+    manifest = BundleManifest(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        task=s.cohort.task,
+        classes=list(run.cohort.classes),
+        grid=s.grid,
+        tissue=s.tissue,
+        tiles=s.tiles,
+        head=spec,
+        encoder_origin=teacher.describe(),
+        licence_note=licence_note(teacher),
+        trained_on=TrainedOn(
+            cohort=run.cohort.name,
+            slides=len(learned),
+            patients=len({run.cohort.patient_of(slide) for slide in learned}),
+            slides_per_class=dict(counts),
+            regions_per_slide=(float(regions[0]), float(regions[1]), float(regions[2])),
+        ),
+        cross_validation=_metrics(scores),
+        recipe=s.model_dump(mode="json", exclude={"cohort", "out", "device", "threads", "memory_gb"}),
+        software=software_versions(),
+    )
+    key = fingerprint(manifest.model_dump(mode="json", exclude={"created", "software", "files"}), student.describe())
+    if run.folder.is_done(run.folder.fold(split.name), key) and (run.folder.model / "bundle.json").is_file():
+        return manifest
+    saved = save_bundle(run.folder.model, manifest, student, head)
+    run.folder.mark_done(run.folder.fold(split.name), key)
+    return saved
+
+
+def licence_note(encoder: Encoder) -> str:
+    """Say what may be done with a model that was distilled from `encoder`."""
+    card = encoder.card
+    terms = {
+        True: "a model distilled from it may be passed on, with credit.",
+        False: "its terms forbid passing on models derived from it, this one included.",
+        None: "read its licence before passing this model on: an encoder distilled from it is a derivative.",
+    }[card.share_derivatives]
+    return f"distilled from {card.title} ({card.licence}); {terms}"
+
+
+def _metrics(scores: Scores) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for row in scores.results.to_dict("records"):
+        if row["method"] in (LRMIL, TEACHER, LR_ONLY):
+            for name, title in (("auc", "AUC"), ("acc", "accuracy")):
+                found[f"{row['method']}, {title}"] = (
+                    f"{row[name]:.3f} (95 % interval {row[f'{name}_low']:.3f} to {row[f'{name}_high']:.3f}, "
+                    f"{row['folds']} folds, {row['patients']} patients)"
+                )
+    return found

@@ -1,0 +1,234 @@
+"""The report of a run: what came out, on what, how sure, where the models looked, how long it took."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from lrmil._version import __version__
+from lrmil.bags import Bag, software_versions
+from lrmil.encoders import Encoder
+from lrmil.evaluation.overlay import AttentionMap
+from lrmil.evaluation.plots import TrainingCurve, metric_against_seconds, roc_curves, to_image, training_curves
+from lrmil.evaluation.report import Failure, KeyNumber, Picture, ReportData, SlideTime, write_report
+from lrmil.evaluation.slide_figures import side_by_side
+from lrmil.evaluation.summary import headline, standard_limits
+from lrmil.files import read_json
+from lrmil.geometry import MatchedGrid
+from lrmil.pipeline.context import Run, SlideEntry, Split
+from lrmil.pipeline.deploy import licence_note
+from lrmil.pipeline.evaluate import LR_ONLY, LRMIL, TEACHER, Scores, per_fold_slides
+from lrmil.pipeline.heads import Outputs
+from lrmil.pipeline.timing import SlideCost
+
+OVERVIEW_MPP = 4.0
+
+
+def attention_pictures(
+    run: Run,
+    split: Split,
+    grids: Mapping[str, MatchedGrid],
+    outputs: Mapping[str, Outputs],
+    bags: Mapping[str, Mapping[str, Bag]],
+) -> list[Picture]:
+    """Draw test slides of a fold with the attention of each method side by side, true areas outlined where known.
+
+    Slides are the first of each class in turn, in the cohort's order: chosen before anybody looked at an answer.
+    """
+    pictures = []
+    for entry in _examples(run, split, run.settings.evaluation.heatmap_slides):
+        maps = []
+        for method, found in outputs.items():
+            answer = found.get(entry.slide_id)
+            bag = bags[method].get(entry.slide_id)
+            if answer is None or answer.attention is None or bag is None:
+                continue
+            maps.append(AttentionMap(_title(run, method, answer.probabilities), _boxes(bag), answer.attention))
+        with entry.open() as slide:
+            overview = slide.overview(max(OVERVIEW_MPP, slide.mpp * max(slide.dimensions) / 1200))
+            figure = side_by_side(
+                overview.rgb,
+                maps,
+                overview.downsample_l0,
+                mpp_l0=slide.mpp,
+                true_areas=true_areas(entry),
+                title=f"{entry.slide_id}, truly {run.cohort.classes[run.cohort.label_of(entry.slide_id)]}",
+            )
+        pictures.append(Picture(to_image(figure, dpi=110), title=entry.slide_id, wide=True))
+    return pictures
+
+
+def true_areas(entry: SlideEntry) -> list[np.ndarray[Any, Any]]:
+    """Return outlines (V, 2) of the areas annotated for a slide: polygons of <slide>.geojson beside it or in ../truth."""
+    for folder in (entry.path.parent, entry.path.parent.parent / "truth"):
+        path = folder / f"{entry.path.stem}.geojson"
+        if path.is_file():
+            features = json.loads(path.read_text(encoding="utf-8"))["features"]
+            return [
+                np.asarray(ring, dtype=np.float64)
+                for feature in features
+                for ring in _outer_rings(feature["geometry"])
+            ]
+    return []
+
+
+def write_run_report(
+    run: Run,
+    folds: Sequence[Split],
+    proof: str,
+    scores: Scores,
+    costs: Mapping[str, Sequence[SlideCost]],
+    pictures: Sequence[Picture],
+    encoder: Encoder,
+    *,
+    title: str,
+    command: str,
+    simulated: bool = False,
+) -> Path:
+    """Write report.html."""
+    s = run.settings
+    patients = len({run.cohort.patient_of(x) for fold in folds for x in fold.test})
+    failed = len(run.failures)
+    data = ReportData(
+        title=title,
+        headline=headline(scores.results, ours=LRMIL, teacher=TEACHER, baseline=LR_ONLY, gain=scores.gain, gap=scores.gap),
+        results=scores.table,
+        limits=standard_limits(patients=patients, folds=len(folds), seeds=1, simulated=simulated, failed=failed),
+        created=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, lrmil {__version__}",
+        command=command,
+        key_numbers=_key_numbers(scores),
+        heatmaps=tuple(pictures),
+        heatmap_note="Test slides, the first of each class in the cohort's order. Colour is the rank of a region's "
+        "attention within the slide; grey outlines are the true areas, where they are known.",
+        curves=tuple(_curves(run, folds, scores)),
+        times=tuple(_slide_time(method, found) for method, found in costs.items() if found),
+        time_note=_machine(run, costs),
+        cohort=_cohort_facts(run, folds, encoder),
+        splits=per_fold_slides(folds),
+        leakage_proof=proof,
+        settings=yaml.safe_dump(s.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        seeds=(s.seed,),
+        software=tuple(software_versions().items()),
+        failures=tuple(Failure(f.slide_id, f.stage, f.message) for f in run.failures),
+    )
+    write_report(run.folder.report, data)
+    return Path(run.folder.report)
+
+
+def _examples(run: Run, split: Split, count: int) -> list[SlideEntry]:
+    entries = {e.slide_id: e for e in run.entries()}
+    of_class: dict[int, list[str]] = {}
+    for slide in split.test:
+        of_class.setdefault(run.cohort.label_of(slide), []).append(slide)
+    # Classes take turns, the last one first: in a binary task that is the positive one, which has areas to find.
+    queues = [of_class[c] for c in sorted(of_class, reverse=True)]
+    turns = [slides[i] for i in range(max(map(len, queues), default=0)) for slides in queues if i < len(slides)]
+    return [entries[slide] for slide in turns[:count]]
+
+
+def _title(run: Run, method: str, probabilities: np.ndarray[Any, Any]) -> str:
+    best = int(np.argmax(probabilities))
+    return f"{method}: {run.cohort.classes[best]} {probabilities[best]:.0%}"
+
+
+def _boxes(bag: Bag) -> np.ndarray[Any, Any]:
+    assert bag.coords_l0 is not None
+    assert bag.patch_side_l0 is not None
+    side = round(bag.patch_side_l0)
+    return np.concatenate([bag.coords_l0, bag.coords_l0 + side], axis=1)
+
+
+def _outer_rings(geometry: dict[str, Any]) -> list[Any]:
+    if geometry["type"] == "Polygon":
+        return [geometry["coordinates"][0]]
+    if geometry["type"] == "MultiPolygon":
+        return [polygon[0] for polygon in geometry["coordinates"]]
+    return []
+
+
+def _key_numbers(scores: Scores) -> tuple[KeyNumber, ...]:
+    rows = {r["method"]: r for r in scores.results.to_dict("records")}
+    numbers = []
+    for method in (LRMIL, TEACHER, LR_ONLY):
+        if method in rows:
+            row = rows[method]
+            detail = f"95 % interval {row['auc_low']:.2f} to {row['auc_high']:.2f}"
+            numbers.append(KeyNumber(f"{row['auc']:.2f}", f"AUC, {method}", detail))
+    if LRMIL in rows and TEACHER in rows:
+        ours, theirs = rows[LRMIL], rows[TEACHER]
+        if ours["seconds_per_slide"] > 0 and theirs["seconds_per_slide"] > 0:
+            numbers.append(
+                KeyNumber(
+                    f"{theirs['seconds_per_slide'] / ours['seconds_per_slide']:.1f}x",
+                    "faster per slide",
+                    f"{theirs['patches_per_slide']:.0f} patches at 20x, {ours['patches_per_slide']:.0f} at 5x",
+                )
+            )
+    return tuple(numbers)
+
+
+def _curves(run: Run, folds: Sequence[Split], scores: Scores) -> list[Picture]:
+    pictures = [Picture(to_image(roc_curves(scores.predictions)), "ROC curves, mean over folds")]
+    if scores.results["seconds_per_slide"].notna().sum() > 1:
+        pictures.append(Picture(to_image(metric_against_seconds(scores.results)), "AUC against seconds per slide"))
+    for step, title in (("stage1", "Stage 1: patch-level distillation"), ("teacher", "20x teacher"), ("student", "5x student")):
+        curves = [_curve(run.folder.fold(f.name) / step / "history.json", f.title) for f in folds]
+        known = [c for c in curves if c is not None]
+        if known:
+            pictures.append(Picture(to_image(training_curves(known)), title, wide=True))
+    return pictures
+
+
+def _curve(path: Path, name: str) -> TrainingCurve | None:
+    if not path.is_file():
+        return None
+    history = read_json(path)
+    epochs = history["epochs"]
+    aucs = tuple(float("nan") if e["val_auc"] is None else e["val_auc"] for e in epochs)
+    return TrainingCurve(
+        name,
+        tuple(e["train_loss"] for e in epochs),
+        tuple(e["val_loss"] for e in epochs),
+        () if all(np.isnan(aucs)) else aucs,
+        history["best_epoch"] - 1,
+    )
+
+
+def _slide_time(method: str, costs: Sequence[SlideCost]) -> SlideTime:
+    def mean(part: str) -> float:
+        return float(np.mean([getattr(c, part) for c in costs]))
+
+    parts = (("tissue", "tissue_s"), ("reading", "reading_s"), ("encoding", "encoding_s"), ("MIL", "mil_s"))
+    return SlideTime(method, tuple((name, mean(part)) for name, part in parts), mean("patches_encoded"))
+
+
+def _machine(run: Run, costs: Mapping[str, Sequence[SlideCost]]) -> str:
+    count = max((len(found) for found in costs.values()), default=0)
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{run.device}"
+    return (
+        f"Mean of {count} test slides, answered from the file after one warm-up; {platform.machine()}, device {device}, "
+        f"{torch.get_num_threads()} torch threads, {run.settings.threads} reader threads. Reading is the time spent "
+        "waiting for pixels: readers run beside the encoder."
+    )
+
+
+def _cohort_facts(run: Run, folds: Sequence[Split], encoder: Encoder) -> tuple[tuple[str, str], ...]:
+    slides = [x for fold in folds for x in fold.test]
+    counts = {c: sum(run.cohort.classes[run.cohort.label_of(x)] == c for x in slides) for c in run.cohort.classes}
+    g = run.settings.grid
+    return (
+        ("Slides", f"{len(slides)} of {len({run.cohort.patient_of(x) for x in slides})} patients"),
+        ("Classes", ", ".join(f"{name}: {count} slides" for name, count in counts.items())),
+        ("High resolution", f"{g.hr_mpp:g} um/px, {g.patch_px}-px patches: training only"),
+        ("Low resolution", f"{g.lr_mpp:g} um/px, {g.patch_px}-px regions of up to {g.children_per_region} children"),
+        ("Encoder", f"{encoder.card.title}; licence {encoder.card.licence}"),
+        ("Model", licence_note(encoder)),
+    )

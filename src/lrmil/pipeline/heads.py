@@ -1,0 +1,106 @@
+"""Train a head for one fold, or take it from disk; then let it speak about every slide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+
+from lrmil.bags import Bag, read_bag
+from lrmil.files import atomic_path, read_json, write_json
+from lrmil.mil import MILHead, create_head
+from lrmil.pipeline.context import Run, Split
+from lrmil.training.loop import OnEpoch
+from lrmil.training.stage2 import BagPrediction, SlideBag, TrainedHead, predict_bags
+
+Outputs = dict[str, BagPrediction]
+"""what a head says, by slide id"""
+Train = Callable[[Sequence[SlideBag], Sequence[SlideBag], OnEpoch], TrainedHead]
+
+
+def head_outputs(
+    run: Run, step: Path, key: str, bags: Mapping[str, Bag], split: Split, title: str, train: Train
+) -> Outputs:
+    """Return what the head of `step` says about every slide in `bags`; train it first unless it is there with `key`.
+
+    Writes head.safetensors, head.json, history.json and outputs.npz into `step`, then done.json.
+    """
+    if not run.folder.is_done(step, key):
+        slides = {name: [slide_bag(run, bags[s], s) for s in split.of(name) if s in bags] for name in ("train", "val")}
+        epochs: list[dict[str, Any]] = []
+        with run.reporter.task(title, 0) as progress:
+
+            def on_epoch(record: dict[str, Any]) -> None:
+                epochs.append(record)
+                progress.advance(note=f"epoch {record['epoch']}, val loss {record['val_loss']:.3f}")
+
+            trained = train(slides["train"], slides["val"], on_epoch)
+        outputs = predict_bags(trained.head, [slide_bag(run, bag, s) for s, bag in bags.items()])
+        store_head(trained.head, step)
+        _store_outputs(outputs, step / "outputs.npz")
+        fit = trained.fit
+        write_json(
+            step / "history.json",
+            {"epochs": epochs, "best_epoch": fit.best_epoch, "selected_by": fit.selected_by, "notes": fit.notes},
+        )
+        run.folder.mark_done(step, key, best_epoch=fit.best_epoch, val_auc=fit.best.auc, seconds=round(fit.seconds, 2))
+        run.reporter.event("head trained", step=str(step), best_epoch=fit.best_epoch, val_auc=fit.best.auc)
+    return _load_outputs(step / "outputs.npz")
+
+
+def slide_bag(run: Run, bag: Bag, slide_id: str) -> SlideBag:
+    """Return a bag as the training loop wants it."""
+    return SlideBag(slide_id, bag.features.astype(np.float32), run.cohort.label_of(slide_id), bag.coords_l0)
+
+
+def read_bags(paths: Mapping[str, Path]) -> dict[str, Bag]:
+    """Read the feature files of several slides, without the CLS of distilled layers."""
+    return {slide_id: read_bag(path, layers=()) for slide_id, path in paths.items()}
+
+
+def store_head(head: MILHead, folder: Path) -> None:
+    """Write head.safetensors and head.json."""
+    write_json(folder / "head.json", head.describe())
+    with atomic_path(folder / "head.safetensors") as scratch:
+        save_file({k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}, scratch)
+
+
+def stored_head(folder: Path) -> MILHead:
+    """Build the head of head.json with the weights of head.safetensors; eval mode, CPU."""
+    head = create_head(**read_json(folder / "head.json"))
+    head.load_state_dict(load_file(folder / "head.safetensors"))
+    return head.eval()
+
+
+def _store_outputs(outputs: Sequence[BagPrediction], path: Path) -> None:
+    attention = [o.attention_logits for o in outputs]
+    known = [a for a in attention if a is not None]
+    arrays = {
+        "slides": np.array([o.slide_id for o in outputs]),
+        "logits": np.stack([o.logits for o in outputs]),
+        "probabilities": np.stack([o.probabilities for o in outputs]),
+        "lengths": np.array([0 if a is None else len(a) for a in attention]),
+        "attention_logits": np.concatenate(known) if known else np.empty(0, np.float32),
+    }
+    with atomic_path(path) as scratch:
+        np.savez(scratch, allow_pickle=False, **arrays)
+
+
+def _load_outputs(path: Path) -> Outputs:
+    with np.load(path, allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    pieces = np.split(arrays["attention_logits"], np.cumsum(arrays["lengths"])[:-1])
+    found: Outputs = {}
+    for row, (slide, piece) in enumerate(zip(arrays["slides"], pieces, strict=True)):
+        logits = piece if len(piece) else None
+        attention = None
+        if logits is not None:
+            exp = np.exp(logits - logits.max())
+            attention = exp / exp.sum()
+        found[str(slide)] = BagPrediction(
+            str(slide), arrays["logits"][row], arrays["probabilities"][row], logits, attention
+        )
+    return found

@@ -1,0 +1,55 @@
+"""Who trains, who validates, who tests; and the proof that nobody does two of these."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from lrmil.pipeline.context import Run, Split
+from lrmil.training.folds import FINAL, Splits, final_split, folds_for
+from lrmil.training.leakage import leakage_proof
+
+
+def make_splits(run: Run, usable: Collection[str]) -> tuple[list[Split], str]:
+    """Deal the usable slides to folds, write splits.csv, and return the folds with the proof, which is also printed.
+
+    The split is by patient and made from the whole cohort, so that a slide which fails does not move the others.
+    """
+    table = run.cohort.labelled()
+    task = run.settings.cohort.task
+    settings = run.settings.folds
+    splits = folds_for(table, task, num_folds=settings.num_folds, seed=settings.seed)
+    splits.write(run.folder.splits)
+    kept = table[table["slide_id"].isin(list(usable))]
+    proof = leakage_proof(
+        splits,
+        list(kept["patient_id"]),
+        list(kept["slide_id"]),
+        list(kept[task]),
+        tested_once=not {"fold", "fold_1"} & set(table.columns),
+    )
+    run.reporter.line(proof)
+    folds = [
+        _split(run, splits, name, str(number), f"fold {number + 1} of {splits.num_folds}", usable)
+        for number, name in enumerate(splits.names)
+    ]
+    return folds, proof
+
+
+def deployment_split(run: Run, usable: Collection[str]) -> Split:
+    """Return the split of the deployed model: everything trains, except one patient in `num_folds`, who validate."""
+    table = run.cohort.labelled()
+    s = run.settings
+    splits = final_split(
+        list(table["patient_id"]), list(table[s.cohort.task]), num_folds=s.folds.num_folds, seed=s.folds.seed
+    )
+    return _split(run, splits, FINAL, FINAL, "final model", usable)
+
+
+def _split(run: Run, splits: Splits, column: str, name: str, title: str, usable: Collection[str]) -> Split:
+    table = run.cohort.labelled()
+    parts = splits.part_of(column, list(table["patient_id"]))
+    slides: dict[str, list[str]] = {"train": [], "val": [], "test": [], "": []}
+    for slide_id, part in zip(table["slide_id"], parts, strict=True):
+        if slide_id in usable:
+            slides[str(part)].append(str(slide_id))
+    return Split(name, title, tuple(slides["train"]), tuple(slides["val"]), tuple(slides["test"]))

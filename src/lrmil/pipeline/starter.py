@@ -1,0 +1,76 @@
+"""A first config for a cohort, written after the table has been checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lrmil.cohorts.table import load_cohort
+from lrmil.encoders.cards import find_card
+from lrmil.errors import ConfigError
+from lrmil.files import write_text
+
+TEMPLATE = """\
+# lrmil run {config}
+# Every setting that is not here has a default; the run writes the whole tree to its config.yaml.
+
+cohort:
+  table: {cohort}
+  task: {task}
+  classes: [{classes}]        # in the order of the outputs
+out: {out}
+
+grid:
+  patch_px: {patch_px}              # side of a patch at both scales
+  lr_mpp: 2.0                # low resolution, um per pixel ("5x"): all that deployment reads
+  hr_mpp: 0.5                # high resolution ("20x"): training only
+
+encoder:
+  name: {encoder}            # see `lrmil encoders`
+  weights: null              # a local weight file, or null for the hub
+  embedding: cls
+
+stage1:                      # patch-level distillation, for each fold anew
+  learning_rate: 0.0001
+  epochs: 20
+  batch_size: 32
+teacher:                     # the 20x head
+  learning_rate: 0.0001
+  epochs: 100
+  patience: 20
+student:                     # the 5x head
+  learning_rate: 0.0001
+  epochs: 100
+  patience: 20
+  loss: {{lambda_bag: 1.0, lambda_soft: 1.0, lambda_hard: 1.0, hard_k: 4}}
+
+folds: {{num_folds: 5, seed: 0}}
+seed: 0
+device: auto
+threads: 4                   # reader threads
+"""
+
+
+def write_starter(cohort: Path, config: Path, *, encoder: str, task: str, out: str) -> list[str]:
+    """Check a cohort and write `config` for it; return lines that describe what was found.
+
+    Raises:
+        ConfigError: `config` exists already.
+        CohortError: the table is wrong.
+        UnknownEncoder: no such encoder.
+    """
+    if config.exists():
+        raise ConfigError(f"{config} exists.", fix="Name another file with --config.")
+    card = find_card(encoder)
+    found = load_cohort(cohort, task=task)
+    patch_px = 256 if 256 % card.token_px == 0 and (256 // card.token_px) % 4 == 0 else card.input_px
+    text = TEMPLATE.format(
+        config=config,
+        cohort=cohort.resolve(),
+        task=task,
+        classes=", ".join(found.classes),
+        out=out,
+        patch_px=patch_px,
+        encoder=card.name,
+    )
+    write_text(config, text)
+    return [*found.summary(), f"encoder {card.name}: licence {card.licence}{', gated' if card.gated else ''}"]

@@ -1,0 +1,88 @@
+"""Stage "tile": find the tissue of every slide and lay the matched grid over it."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+
+from lrmil.errors import LrmilError
+from lrmil.inference.images import save_image
+from lrmil.files import atomic_path
+from lrmil.geometry import MatchedGrid, SlideScale
+from lrmil.inference.prepare import prepare_slide
+from lrmil.pipeline.context import Run, SlideEntry
+from lrmil.settings import fingerprint
+from lrmil.tissue import overlay
+
+
+def tile_cohort(run: Run) -> dict[str, MatchedGrid]:
+    """Tile every slide that is not tiled yet; return the grids of all slides that could be tiled."""
+    grids: dict[str, MatchedGrid] = {}
+    entries = run.entries()
+    with (
+        run.reporter.stage("tile", f"Tiling {len(entries)} slides"),
+        run.reporter.task("tile", len(entries)) as progress,
+        ThreadPoolExecutor(run.settings.threads) as pool,
+    ):
+        jobs = {pool.submit(_tile_slide, run, entry): entry for entry in entries}
+        for job in as_completed(jobs):
+            slide_id = jobs[job].slide_id
+            try:
+                grids[slide_id] = job.result()
+            except LrmilError as error:
+                run.fail(slide_id, "tile", error)
+            progress.advance(note=slide_id)
+    regions = [g.num_regions for g in grids.values()]
+    children = sum(g.num_children for g in grids.values())
+    snapped = sum(g.scale.snapped for g in grids.values())
+    run.reporter.line(
+        f"  {len(grids)} slides, {sum(regions)} regions, {children} children; {snapped} slides on whole-pixel scales"
+    )
+    return {entry.slide_id: grids[entry.slide_id] for entry in entries if entry.slide_id in grids}
+
+
+def save_grid(grid: MatchedGrid, path: Path, key: str) -> None:
+    """Write a grid as .npz, atomically."""
+    arrays = {f.name: getattr(grid, f.name) for f in fields(grid) if f.name != "scale"}
+    meta = json.dumps({"key": key, "scale": {f.name: getattr(grid.scale, f.name) for f in fields(grid.scale)}})
+    with atomic_path(path) as scratch, scratch.open("wb") as handle:
+        np.savez(handle, allow_pickle=False, meta=np.array(meta), **arrays)
+
+
+def load_grid(path: Path, key: str | None = None) -> MatchedGrid | None:
+    """Read a grid; None if the file is missing, damaged, or made with another key."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            meta = json.loads(str(stored["meta"]))
+            if key is not None and meta["key"] != key:
+                return None
+            arrays = {name: stored[name] for name in stored.files if name != "meta"}
+        return MatchedGrid(scale=SlideScale(**meta["scale"]), **arrays)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def tile_key(run: Run, entry: SlideEntry) -> str:
+    """Return what the tiling of a slide depends on."""
+    s = run.settings
+    return fingerprint(entry.identity(), s.grid, s.tissue, s.tiles)
+
+
+def _tile_slide(run: Run, entry: SlideEntry) -> MatchedGrid:
+    path = run.folder.tiles(entry.slide_id)
+    key = tile_key(run, entry)
+    known = load_grid(path, key)
+    if known is not None:
+        return known
+    with entry.open() as slide:
+        s = run.settings
+        prepared = prepare_slide(slide, s.grid, s.tissue, s.tiles)
+    picture = overlay(prepared.overview.rgb, prepared.tissue, boxes_l0=prepared.grid.region_boxes_l0)
+    save_image(path.with_suffix(".jpg"), picture)
+    save_grid(prepared.grid, path, key)
+    return prepared.grid
