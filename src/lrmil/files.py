@@ -20,12 +20,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; rename it to `path` on success, delete it on failure.
 
     The temporary name keeps the suffix, so that libraries which choose a format by suffix work. Readers see the old
-    file or the new one, never half of either. A full disk becomes `OutputError`.
+    file or the new one, never half of either.
+
+    Raises:
+        OutputError: the disk is full, there is no permission, or a file lies where a folder is needed.
     """
     final = Path(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
     scratch = final.with_name(f".{final.stem}.{uuid.uuid4().hex[:8]}.tmp{final.suffix}")
     try:
+        final.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
         with scratch.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -37,9 +40,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise OutputError(f"{final}: no permission to write there.", fix="Choose another output folder.") from error
+        if not final.parent.is_dir():
+            raise OutputError(f"{final.parent}: is no folder.", fix="Choose another output folder.") from error
         raise
     finally:
-        scratch.unlink(missing_ok=True)
+        if final.parent.is_dir():
+            scratch.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
