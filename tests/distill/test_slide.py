@@ -184,8 +184,8 @@ def test_student_loss_adds_the_four_terms() -> None:
     soft = soft_attention_loss(out.attention_logits, teacher, temperature=4)
     hard = hard_attention_loss(out.attention_logits, teacher, k=3)
     torch.testing.assert_close(loss.total, 2 * ce + 3 * bag + 5 * soft + 7 * hard)
-    assert {k: float(v) for k, v in loss.terms.items()} == {
-        "ce": float(ce), "bag": float(bag), "soft": float(soft), "hard": float(hard),
+    assert {k: v.item() for k, v in loss.terms.items()} == {
+        "ce": ce.item(), "bag": bag.item(), "soft": soft.item(), "hard": hard.item(),
     }  # fmt: skip
 
 
