@@ -1,0 +1,1 @@
+"""Training: patient-grouped folds and seeds, the one loop, and the stages. Import the modules; this file stays light."""
