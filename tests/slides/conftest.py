@@ -19,7 +19,7 @@ from lrmil.slides.openslide_reader import OpenSlideSlide
 
 @pytest.fixture(scope="session")
 def picture() -> Callable[..., npt.NDArray[np.uint8]]:
-    """`picture(width, height)`: smooth colour ramps that differ along x and y, with noise on top; no two places alike."""
+    """`picture(width, height)`: colour ramps that differ along x and y, with noise; no two places alike."""
 
     def make(width: int, height: int, seed: int = 0) -> npt.NDArray[np.uint8]:
         rng = np.random.default_rng(seed)

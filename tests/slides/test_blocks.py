@@ -25,6 +25,8 @@ def test_what_a_block_covers():
     assert (Block(2, 3, 4, 5).size_px, Block(2, 3, 4, 5).area_px) == ((4, 5), 20)
 
 
-@pytest.mark.parametrize(("step", "sides"), [((4.0, 8.0), (512, 256)), ((5000.0, 1.0), (1, 2048)), ((3.0, 3.0), (682,) * 2)])
+@pytest.mark.parametrize(
+    ("step", "sides"), [((4.0, 8.0), (512, 256)), ((5000.0, 1.0), (1, 2048)), ((3.0, 3.0), (682,) * 2)]
+)
 def test_blocks_keep_within_their_memory(step, sides):
     assert block_sides(step) == sides

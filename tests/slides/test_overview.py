@@ -51,8 +51,8 @@ def test_never_finer_than_the_scan(fake_slides, picture):
 
 
 def test_a_slide_of_one_level_is_read_in_blocks_of_bounded_memory(tmp_path, picture, block_mean):
-    image = picture(5000, 4300)
-    slide = open_slide(write_pyramid(tmp_path / "a.tif", image, 0.5, (1,), compression="deflate"))
+    image = np.tile(picture(512, 448), (6, 5, 1))[:2600, :2500]
+    slide = open_slide(write_pyramid(tmp_path / "a.tif", image, 0.5, (1,), compression=None))
     biggest = 0
     read_level = slide._read_level
 
@@ -64,13 +64,13 @@ def test_a_slide_of_one_level_is_read_in_blocks_of_bounded_memory(tmp_path, pict
     slide._read_level = watched
     overview = slide.overview(8.0)
     assert biggest <= 2048 * 2048
-    assert slide.stats.reads == 9
-    assert overview.rgb.shape == (269, 313, 3)
-    assert np.abs(overview.rgb[:268, :312] - block_mean(image, 16)).max() <= 0.51
+    assert slide.stats.reads == 4
+    assert overview.rgb.shape == (163, 157, 3)
+    assert np.abs(overview.rgb[:162, :156] - block_mean(image, 16)).max() <= 0.51
 
 
 def test_the_smallest_useful_level_is_read(tmp_path, picture):
-    slide = open_slide(write_pyramid(tmp_path / "a.tif", picture(2048, 2048), 0.25, (1, 4, 16), compression="deflate"))
+    slide = open_slide(write_pyramid(tmp_path / "a.tif", picture(2048, 2048), 0.25, (1, 4, 16)))
     slide.overview(8.0)
     assert slide.stats.level_reads == {2: 1}
     assert slide.stats.source_px == 128 * 128

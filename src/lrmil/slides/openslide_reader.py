@@ -109,8 +109,9 @@ class OpenSlideSlide(Slide):
     def _pixels(self, handle: Any, index: int, x_px: int, y_px: int, width_px: int, height_px: int) -> UInt8Array:
         """Return straight-alpha RGBA (h, w, 4) of whole level pixels.
 
-        Positions are whole level-0 pixels, so where OpenSlide's downsample is not whole, its image is off by up to half
-        a level-0 pixel, blended from neighbours. Nothing finer can be asked of it.
+        OpenSlide takes whole level-0 positions. Where its own downsample is not whole, the nearest one still lies up to
+        half a level-0 pixel beside the wanted level pixel, and OpenSlide blends neighbours: the place is right, the
+        sharpest detail is softened. Nothing finer can be asked of it.
         """
         own = self._own_downsamples[index]
         location = (round(x_px * own), round(y_px * own))

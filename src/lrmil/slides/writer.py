@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
@@ -181,7 +180,7 @@ def _encoder(compression: Compression | None, quality: float | None, chroma: Chr
         decibel = round(quality or _DEFAULT_QUALITY["jpeg2000"])
         return lambda tile: bytes(imagecodecs.jpeg2k_encode(tile, level=decibel, codecformat="j2k", reversible=False))
     if compression == "deflate":
-        return lambda tile: zlib.compress(_differences(tile), 6)
+        return lambda tile: bytes(imagecodecs.deflate_encode(_differences(tile), 6))
     return lambda tile: tile.tobytes()
 
 
