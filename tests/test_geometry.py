@@ -225,6 +225,12 @@ class TestScale:
         assert matched.child_boxes_l0.shape == (0, 4)
         assert matched.children_per_region.tolist() == [0] * 6
 
+    def test_half_a_pixel_is_no_step(self) -> None:
+        # At 1 um/px a child of 9 px at 0.5 um/px is 4.5 level-0 pixels wide: in scale, and yet not to be snapped.
+        scale = resolve_scale(GridSettings(patch_px=9, lr_mpp=1.5), 1.0)
+        assert not scale.snapped
+        assert scale.child_boundary_l0([0, 1, 2, 3]).tolist() == [0, 5, 9, 14]
+
     def test_ratio_three(self) -> None:
         grid = GridSettings(patch_px=24, lr_mpp=1.5, hr_mpp=0.5)
         assert (grid.ratio, grid.children_per_region) == (3, 9)
