@@ -78,7 +78,7 @@ def test_label_and_order_of_instances_do_not_change_the_answer() -> None:
 def test_it_is_built_again_from_its_description() -> None:
     head = _head(gated=True, hidden_dim=16)
     described = json.loads(json.dumps(head.describe()))
-    again = create_head(described["name"], described["in_dim"], described["num_classes"], **described["options"])
+    again = create_head(**described)
     again.load_state_dict(head.state_dict())
     bag = torch.randn(4, 6)
     assert torch.equal(again(bag).logits, head(bag).logits)

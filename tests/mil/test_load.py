@@ -43,7 +43,9 @@ def test_plain_teacher_and_student_of_the_authors() -> None:
         "name": "abmil",
         "in_dim": 8,
         "num_classes": 3,
-        "options": {"gated": False, "hidden_dim": 128, "instance_classifier": "none"},
+        "gated": False,
+        "hidden_dim": 128,
+        "instance_classifier": "none",
     }
     assert not head.training
     bag = torch.randn(5, 8)

@@ -42,7 +42,7 @@ def test_another_head_joins_by_name(clean_registry: None) -> None:
     assert "first" in [card.name for card in head_cards()]
     head = create_head("first", 4, 2)
     assert head(torch.arange(8.0).reshape(2, 4)).logits.tolist() == [0.0, 1.0]
-    assert head.describe() == {"name": "first", "in_dim": 4, "num_classes": 2, "options": {}}
+    assert head.describe() == {"name": "first", "in_dim": 4, "num_classes": 2}
     with pytest.raises(HeadError, match="two heads are named 'first'"):
         register_head(head.card)(First)
 

@@ -108,10 +108,6 @@ class MILHead(nn.Module):
         return total
 
     def describe(self) -> dict[str, Any]:
-        """Return what builds this head again, `create_head(name, in_dim, num_classes, **options)`, ready for JSON."""
-        return {
-            "name": self.card.name,
-            "in_dim": self.in_dim,
-            "num_classes": self.num_classes,
-            "options": self.options.model_dump(mode="json"),
-        }
+        """Return what builds this head again by `create_head(**described)`, options beside the rest, ready for JSON."""
+        sizes = {"name": self.card.name, "in_dim": self.in_dim, "num_classes": self.num_classes}
+        return sizes | self.options.model_dump(mode="json")
