@@ -236,6 +236,17 @@ def test_predictions_do_not_depend_on_labels_or_company() -> None:
         assert found.logits.dtype == found.attention.dtype == np.float32
 
 
+def test_confident_slides_do_not_tie() -> None:
+    head = create_head("abmil", D, 2)
+    with torch.no_grad():
+        head.classifier.weight.copy_(torch.tensor([[0.0] * D, [10.0] * D]))  # type: ignore[union-attr, operator]
+    bags = [SlideBag(str(x), np.full((1, D), x, np.float32), int(x > 0.3)) for x in (0.25, 0.3, 0.35, 0.4)]
+    found = [p.probabilities[1] for p in predict_bags(head, bags)]
+    assert len(set(found)) == 4
+    assert len({np.float32(p) for p in found}) < 4
+    assert selection_auc(np.stack([[1 - p, p] for p in found]), np.array([b.label for b in bags])) == 1.0
+
+
 def test_a_teachers_prediction_becomes_the_signal() -> None:
     prediction = predict_bags(create_head("abmil", D, 2), _bags(1, 1))[0]
     assert prediction.attention_logits is not None

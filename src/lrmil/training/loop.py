@@ -274,7 +274,7 @@ def _settle(
     """Move the scalars of `pending` steps off the device, check them, and add them to `sums`, weighted by items."""
     weights = np.array([len(indices) for indices, _ in pending])
     for key in pending[0][1]:
-        values = torch.stack([scalars[key] for _, scalars in pending]).double().cpu().numpy()
+        values = torch.stack([scalars[key] for _, scalars in pending]).cpu().double().numpy()
         if not np.isfinite(values).all():
             indices = pending[int((~np.isfinite(values)).argmax())][0]
             raise TrainingError(

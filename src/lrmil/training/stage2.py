@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from lrmil.distill import RegionScores, Stage2LossSettings, region_scores, student_loss
@@ -64,17 +63,17 @@ class SlideBag:
 
 @dataclass(frozen=True)
 class BagPrediction:
-    """What a head says about one slide, float32."""
+    """What a head says about one slide."""
 
     slide_id: str
     logits: FloatArray
-    """(C,)"""
+    """(C,) float32"""
     probabilities: FloatArray
-    """(C,)"""
+    """(C,) float64: in float32, confident slides would tie at 1 and spoil an AUC"""
     attention_logits: FloatArray | None
-    """(N,)"""
+    """(N,) float32"""
     attention: FloatArray | None
-    """(N,), sums to 1"""
+    """(N,) float32, sums to 1"""
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ def predict_bags(
                 BagPrediction(
                     slide_id=bag.slide_id,
                     logits=_array(output.logits),
-                    probabilities=_array(head.probabilities(output.logits.double())),
+                    probabilities=_probabilities(head, output.logits),
                     attention_logits=None if output.attention_logits is None else _array(output.attention_logits),
                     attention=None if output.attention is None else _array(output.attention),
                 )
@@ -227,6 +226,8 @@ def selection_auc(probabilities: FloatArray, labels: IntArray) -> float:
     Returns:
         NaN if one of the C classes is missing from `labels`; never 0 or 1 in its place.
     """
+    from sklearn.metrics import roc_auc_score  # takes seconds to import, and only training needs it
+
     classes = probabilities.shape[1]
     if classes < 2 or len(np.unique(labels)) < classes:
         return float("nan")
@@ -282,7 +283,7 @@ def _train(
         logits = torch.stack(
             [head(bags[i], coords=bags.coords[i]).logits for i in range(len(train), len(train) + len(val))]
         )
-        probabilities = _array(head.probabilities(logits.double()))
+        probabilities = _probabilities(head, logits)
         return Validation(
             loss=float(F.cross_entropy(logits, labels[len(train) :])),
             auc=selection_auc(probabilities, val_labels),
@@ -335,6 +336,10 @@ def _coords(bag: SlideBag, device: torch.device) -> Tensor | None:
 
 def _shared(array: npt.NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+
+
+def _probabilities(head: MILHead, logits: Tensor) -> FloatArray:
+    return head.probabilities(logits.cpu().double()).numpy()
 
 
 def _array(tensor: Tensor) -> FloatArray:
