@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from lrmil.cohorts.truth import Polygon
 from lrmil.errors import OutputError
 from lrmil.files import atomic_path
 from lrmil.slides import open_slide
@@ -25,8 +26,8 @@ class Tile:
 
     path: Path
     caption: str
-    areas: Sequence[Sequence[npt.NDArray[np.float64]]]
-    """polygons to outline: rings (M, 2), level-0 pixels"""
+    areas: Sequence[Polygon]
+    """polygons to outline"""
 
 
 def write_contact_sheet(path: Path, tiles: Sequence[Tile], *, side_px: int = 240, columns: int = 8) -> None:

@@ -106,7 +106,9 @@ def lay_out(rng: np.random.Generator, tissue: TissueSettings, width_um: float, h
     seeds = _stretched_grid(rng, width_um, height_um, spacing, stretch)
     held = (sample(parcel, seeds) == GLANDULAR) & (sample(outline, seeds) > 0.15 * spacing)
     seeds = seeds[held]
-    positive = _choose_positive(rng, seeds, inside, spacing, wish)
+    # a stream of its own, so that twins with and without positive areas agree in everything else
+    focus_rng = np.random.default_rng(int(rng.integers(1 << 62)))
+    positive = _choose_positive(focus_rng, seeds, inside, spacing, wish)
     glands = _draw_glands(rng, seeds, positive, tissue, shape)
     gland_um, lumen_um, gland_id = _gland_fields(rng, glands, grid, warp, spacing, stretch, shape)
     gland_um = np.minimum(gland_um, outline - 6)
@@ -213,7 +215,7 @@ def _draw_glands(
         positive=positive,
         disorder=disorder.astype(np.float32),
         wall_um=wall.astype(np.float32),
-        mucin=np.clip(0.9 * drift[3] - 0.35 + rng.normal(0, 0.15, count), 0, 1).astype(np.float32),
+        mucin=np.clip(0.9 * drift[3] - 0.55 + rng.normal(0, 0.15, count), 0, 1).astype(np.float32),
         content=np.clip(rng.uniform(-2.0, 1.0, count), 0, 1).astype(np.float32),
         size=np.clip(drift[1] * 0.7 + rng.normal(0, 0.7, count), -2.5, 2.5).astype(np.float32),
         darkness=np.clip(drift[2] * 0.7 + rng.normal(0, 0.7, count), -2.5, 2.5).astype(np.float32),
@@ -235,7 +237,7 @@ def _gland_fields(
     gland_id = np.full(shape, -1, np.int32)
     if len(glands.centre_um) < 2:
         return gland_um, lumen_um, gland_id
-    near = cv2.distanceTransform(_away(glands.centre_um, shape), cv2.DIST_L2, 3) * STEP_UM < 1.1 * spacing
+    near = cv2.distanceTransform(_away(glands.centre_um, shape), cv2.DIST_L2, 3) < 1.1 * spacing / STEP_UM
     points = grid[near] + 5.0 * warp[near][:, :2] + 3.0 * warp[near][:, 2:]
     relax = np.linalg.inv(stretch)
     distance, index = _two_nearest(glands.centre_um @ relax, points @ relax)

@@ -16,12 +16,13 @@ import numpy.typing as npt
 
 from lrmil.cohorts.contact_sheet import Tile, write_contact_sheet
 from lrmil.cohorts.simulated.architecture import Wish
+from lrmil.cohorts.simulated.nuclei import KINDS
 from lrmil.cohorts.simulated.painter import WINDOW_PX, Scene, paint_window
 from lrmil.cohorts.simulated.plan import SlidePlan, label_name, plan_cohort
 from lrmil.cohorts.simulated.settings import SimulatedSettings
 from lrmil.cohorts.simulated.slide import build_scene, scene_truth
 from lrmil.cohorts.simulated.stain import make_profile, make_site, patient_strength
-from lrmil.cohorts.simulated.truth_files import read_areas, write_truth
+from lrmil.cohorts.truth import NucleusTable, is_finished, mask_polygons, read_areas, write_truth
 from lrmil.files import read_json, write_json, write_text
 from lrmil.settings import fingerprint
 from lrmil.slides import write_pyramid
@@ -41,7 +42,7 @@ def simulate_cohort(
 ) -> Path:
     """Write the cohort into the folder `out` and return the path of its cohort.csv.
 
-    `out` then holds slides/*.tif, truth/ (see `truth_files`), cohort.csv, simulated.json and contact_sheet.png, where
+    `out` then holds slides/*.tif, truth/ (see `lrmil.cohorts.truth`), cohort.csv, simulated.json and contact_sheet.png, where
     positive areas are outlined. Slides that are there already, made from the same settings, are kept, so that a killed
     run resumes.
 
@@ -130,7 +131,9 @@ def _write_slide(out: Path, settings: SimulatedSettings, plan: SlidePlan) -> str
         "plan": plan.as_dict(),
         "fingerprint": _fingerprint(settings, plan),
     }
-    write_truth(out / "truth", plan.slide_id, truth, summary)
+    areas = {name: mask_polygons(getattr(truth, name), truth.mask_step_px) for name in ("tissue", "positive")}
+    nuclei = NucleusTable(truth.x_px, truth.y_px, truth.kind, truth.pattern, truth.in_positive_area, KINDS)
+    write_truth(out / "truth", plan.slide_id, areas, nuclei, summary)
     return plan.slide_id
 
 
@@ -151,10 +154,8 @@ def _fingerprint(settings: SimulatedSettings, plan: SlidePlan) -> str:
 
 
 def _is_done(out: Path, settings: SimulatedSettings, plan: SlidePlan) -> bool:
-    summary = out / "truth" / f"{plan.slide_id}.json"
-    if not summary.is_file() or not _slide_path(out, plan).is_file():
-        return False
-    return bool(read_json(summary).get("fingerprint") == _fingerprint(settings, plan))
+    drawn = is_finished(out / "truth", plan.slide_id, _fingerprint(settings, plan))
+    return drawn and _slide_path(out, plan).is_file()
 
 
 def _write_table(out: Path, settings: SimulatedSettings, plans: list[SlidePlan]) -> Path:

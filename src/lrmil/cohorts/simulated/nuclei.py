@@ -28,6 +28,7 @@ RED_CELL, VACUOLE, DUST = 6, 7, 8
 
 SPRITE_STEP_UM = 0.25
 SPRITE_SIDE = 80
+_PREFILTER_UM = 0.15
 _DETECTOR = 0.68
 """Optical density per unit of haematoxylin, averaged over red and green, where nuclei absorb."""
 
@@ -38,7 +39,7 @@ class Chromatin:
 
     grain_um: float = 0.30
     grain: float = 0.17
-    clump_um: float = 0.5
+    clump_um: float = 0.4
     clump: float = 0.12
     stripe: float = 1.0
     """elongation of the grain along the nucleus"""
@@ -52,7 +53,7 @@ class Chromatin:
 
 FINE = Chromatin()
 POSITIVE_PATTERNS = (
-    Chromatin(grain_um=0.35, clump=0.62, membrane=0.25, nucleoli=1.6, nucleolus_um=0.85, nucleolus=1.9),
+    Chromatin(clump_um=0.38, clump=0.80, membrane=0.25, nucleoli=1.6, nucleolus_um=0.70, nucleolus=2.6),
     Chromatin(clump=0.05, membrane=0.8, nucleoli=1.0, nucleolus_um=1.1, nucleolus=2.6),
     Chromatin(grain_um=0.42, grain=0.55, membrane=0.1, nucleoli=0.0),
     Chromatin(grain=0.02, clump=0.02, membrane=-0.3, nucleoli=0.0),
@@ -62,8 +63,9 @@ POSITIVE_PATTERNS = (
 """Patterns of labels 1, 2, ...: coarse clumps with nucleoli; vesicular with one large nucleolus; salt and pepper;
 smudged; barred; many small nucleoli."""
 
-COARSE_UM = 0.6
-"""Gaussian width of what counts as coarse texture: half the contrast of a period of 4.5 um, which 5x just resolves."""
+COARSE_UM = 0.45
+"""Gaussian width of what counts as coarse texture: half the contrast of a period of 3.4 um and four fifths of one
+of 6 um. 5x resolves periods above 4 um."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,12 @@ def build_atlases(settings: NucleusSettings, classes: int, seed: int) -> dict[tu
     atlases: dict[tuple[int, int], Atlas] = {}
     for pattern in range(classes):
         chromatin = FINE if pattern == 0 else blend(settings.pattern_strength, POSITIVE_PATTERNS[pattern - 1])
-        rng = np.random.default_rng([seed, 71, pattern])
+        # the same shapes and the same light for every pattern; only what is inside is drawn anew
+        rng, inner = np.random.default_rng([seed, 71]), np.random.default_rng([seed, 73, pattern])
         atlases[EPITHELIAL, pattern] = Atlas(
-            draw_nuclei(rng, settings.shapes, 4.9, 3.7, 0.11, 0.50, 0.15, chromatin, coarse=settings.visibility)
+            draw_nuclei(
+                rng, settings.shapes, 4.9, 3.7, 0.11, 0.50, 0.15, chromatin, coarse=settings.visibility, inner=inner
+            )
         )
     rng = np.random.default_rng([seed, 72])
     few = max(settings.shapes // 3, 8)
@@ -104,7 +109,7 @@ def build_atlases(settings: NucleusSettings, classes: int, seed: int) -> dict[tu
     atlases[MITOSIS, 0] = Atlas(draw_nuclei(rng, few, 3.9, 1.5, 0.20, 1.15, 0.10, blend(0, FINE), ragged=0.28))
     atlases[PYKNOTIC, 0] = Atlas(draw_nuclei(rng, few, 2.1, 1.8, 0.20, 1.15, 0.10, POSITIVE_PATTERNS[3], ragged=0.15))
     atlases[RED_CELL, 0] = Atlas(draw_nuclei(rng, few, 3.4, 3.1, 0.06, 0.50, 0.12, POSITIVE_PATTERNS[3]))
-    atlases[VACUOLE, 0] = Atlas(draw_nuclei(rng, few, 4.6, 3.9, 0.15, 0.03, 0.30, POSITIVE_PATTERNS[3]))
+    atlases[VACUOLE, 0] = Atlas(draw_nuclei(rng, few, 4.4, 3.8, 0.15, 0.045, 0.30, POSITIVE_PATTERNS[3]))
     atlases[DUST, 0] = Atlas(draw_nuclei(rng, few, 3.0, 1.6, 0.40, 1.6, 0.20, dense, ragged=0.3))
     return atlases
 
@@ -122,6 +127,7 @@ def draw_nuclei(
     pointed: float = 0.0,
     ragged: float = 0.03,
     coarse: float = 1.0,
+    inner: np.random.Generator | None = None,
 ) -> FloatArray:
     """Draw `count` sprites (count, side, side, 2) with half axes `long_um`, `short_um`.
 
@@ -138,6 +144,7 @@ def draw_nuclei(
         ragged: relative roughness of the outline.
         coarse: share of the coarse part of the texture (`COARSE_UM`) that is kept; at 0 the absorbance around every
             point of the nucleus, and not only its mean, is that of a plain nucleus.
+        inner: source of randomness for the texture; `rng` if not given.
     """
     half = (SPRITE_SIDE - 1) / 2
     axis = (np.arange(SPRITE_SIDE, dtype=np.float32) - half) * SPRITE_STEP_UM
@@ -157,6 +164,8 @@ def draw_nuclei(
     depth_um = (1 - radius) * b  # distance from the membrane, about
     coverage = np.clip(depth_um / 0.5 + 0.5, 0, 1)
 
+    wanted = absorbance * np.exp(rng.normal(0, absorbance_sd, count)).astype(np.float32)
+    rng = rng if inner is None else inner
     rim = np.exp(-(((depth_um - 0.35) / 0.45) ** 2))
     texture = chromatin.grain * _noise(rng, count, chromatin.grain_um, chromatin.stripe)
     texture += chromatin.clump * np.tanh(1.6 * _noise(rng, count, chromatin.clump_um, 1.0))
@@ -166,11 +175,13 @@ def draw_nuclei(
         texture -= (1 - coarse) * _low_pass(texture, coverage)
     density = np.clip(1 + 0.3 * rim + texture, 0.1, None)
 
-    wanted = absorbance * np.exp(rng.normal(0, absorbance_sd, count)).astype(np.float32)
-    density *= _equalise(density, coverage, wanted)[:, None, None]
     sprites = np.stack([coverage, coverage * density], axis=-1)
+    as_pasted = np.empty_like(sprites)
     for i in range(count):
-        sprites[i] = cv2.GaussianBlur(sprites[i], (0, 0), 0.15 / SPRITE_STEP_UM)
+        sprites[i] = cv2.GaussianBlur(sprites[i], (0, 0), _PREFILTER_UM / SPRITE_STEP_UM)
+        # turning a sprite and sampling it between its points smooths it a little more
+        as_pasted[i] = cv2.GaussianBlur(sprites[i], (0, 0), 0.10 / SPRITE_STEP_UM)
+    sprites[..., 1] *= _equalise(as_pasted[..., 1], coverage, wanted)[:, None, None]
     return sprites
 
 
@@ -274,7 +285,7 @@ def paste(
         if kind[n] == RED_CELL or kind[n] == VACUOLE:
             haematoxylin[window] *= keep
             eosin[window] *= keep
-            eosin[window] += stain
+            (eosin if kind[n] == RED_CELL else haematoxylin)[window] += stain
         else:
             haematoxylin[window] *= keep
             haematoxylin[window] += stain

@@ -65,8 +65,8 @@ class NucleusSettings(Settings):
         0.15,
         ge=0,
         le=1,
-        description="how much of the difference survives at 5x: the share of the pattern's coarse part that is kept; at "
-        "1, positive nuclei are also 22 % wider and absorb 25 % more; at 0, mean size, density and colour are equal and "
+        description="how much of the difference survives at 5x: the share of the pattern's coarse part that is kept; "
+        "at 1, positive nuclei are also 22 % wider and absorb 25 % more; at 0, size, density and colour are equal and "
         "only texture finer than 5x resolves differs",
     )
     mitoses: float = Field(
