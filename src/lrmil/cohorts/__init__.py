@@ -1,0 +1,1 @@
+"""Cohorts: the checked table of slides and labels, and cohorts to try things on. Import the modules, not this."""

@@ -1,0 +1,109 @@
+"""What is to be learnt: the classes of a task, in an order that is never left to chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+from lrmil.errors import CohortError
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Task:
+    """One label column: `classes[i]` is what output i stands for."""
+
+    name: str
+    classes: tuple[str, ...]
+
+
+def find_classes(path: Path, task: str, labels: pd.Series, classes: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the classes in order: those given, else those found, sorted (as numbers if all are numbers).
+
+    Args:
+        path: the table, for messages.
+        task: the label column.
+        labels: text, None where empty; its index is the row of the file.
+        classes: the order that the user wants.
+
+    Raises:
+        CohortError: fewer than two classes, a label that is not among those given, or two spellings of one label.
+    """
+    present = labels.dropna()
+    if classes is not None:
+        classes = [str(c) for c in classes]
+        if len(set(classes)) != len(classes) or len(classes) < 2:
+            raise CohortError(f"classes {classes}: give at least two labels, each once.")
+        other = present[~present.isin(classes)]
+        if len(other):
+            raise CohortError(
+                f"{path}: row {other.index[0]}: {task} {other.iloc[0]!r} is not among the classes {classes} "
+                f"({len(other)} such rows).",
+                fix="Add it to the classes, or empty the cell to leave the slide out.",
+            )
+        return tuple(classes)
+    found = sorted(set(present), key=_order)
+    alike: dict[object, str] = {}
+    for label in found:
+        twin = alike.setdefault(_spelling(label), label)
+        if twin != label:
+            row = present.index[present == label][0]
+            raise CohortError(
+                f"{path}: row {row}: {task} {label!r} looks like {twin!r}; they would be two classes.",
+                fix="Spell a label in one way, or list the classes to say that both are meant.",
+            )
+    if len(found) < 2:
+        raise CohortError(
+            f"{path}: column {task} holds {'no label' if not found else f'only the label {found[0]!r}'}.",
+            fix="Learning needs at least two classes; check that this is the label column.",
+        )
+    return tuple(found)
+
+
+def labels_per_patient(
+    path: Path, task: str, labels: pd.Series, patients: pd.Series, level: Literal["slide", "patient"]
+) -> list[str]:
+    """Report patients with two labels, and slides with none.
+
+    Raises:
+        CohortError: `level` is "patient" and a patient has two labels.
+    """
+    notes = []
+    present = labels.notna()
+    distinct = labels[present].groupby(list(patients[present])).unique()
+    mixed = distinct[distinct.map(len) > 1]
+    if len(mixed):
+        shown = "; ".join(f"{p}: {', '.join(sorted(own))}" for p, own in list(mixed.items())[:_SHOWN])
+        if level == "patient":
+            first = mixed.index[0]
+            rows = ", ".join(str(r) for r in labels[patients == first].index[:_SHOWN])
+            raise CohortError(
+                f"{path}: {len(mixed)} patients have more than one {task} ({shown}); {first} stands in rows {rows}.",
+                fix='Correct the labels, or set label_level to "slide" if slides of one patient may differ.',
+            )
+        notes.append(
+            f"{len(mixed)} patients have slides of more than one {task} ({shown}); a patient's slides stay together"
+        )
+    unlabelled = int(labels.isna().sum())
+    if unlabelled:
+        rows = ", ".join(str(r) for r in labels[labels.isna()].index[:_SHOWN])
+        notes.append(f"{unlabelled} slides have no {task} and are left out of training (rows {rows})")
+    return notes
+
+
+def _order(label: str) -> tuple[int, float, str]:
+    try:
+        return 0, float(label), label
+    except ValueError:
+        return 1, 0.0, label
+
+
+def _spelling(label: str) -> object:
+    """What two spellings of one label have in common."""
+    kind, number, _ = _order(label)
+    return number if kind == 0 else " ".join(label.casefold().replace("_", " ").replace("-", " ").split())
