@@ -76,6 +76,11 @@ def test_trident_features(tmp_path):
     assert bag.mpp_l0 is None
 
 
+def test_a_name_with_folders_in_it_stays_a_name(tmp_path):
+    assert read_foreign_bag(trident_file(tmp_path / "a.h5", name="../../elsewhere")).slide == "elsewhere"
+    assert read_foreign_bag(trident_file(tmp_path / "a.h5", name="None")).slide == "a"
+
+
 def test_trident_mpp_follows_from_that_of_level_0(tmp_path):
     bag = read_foreign_bag(trident_file(tmp_path / "slide-1.h5"), mpp_l0=0.2525)
     assert bag.mpp == pytest.approx(0.505)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,11 @@ import numpy.typing as npt
 
 from lrmil.bags.bag import FeatureArray, IntArray
 from lrmil.errors import BagError, CorruptBag
+
+
+def slide_name(stated: Any, path: str) -> str:
+    """Return the slide's name as a file states it, without any folders in it, or else the file's own."""
+    return Path(str(stated)).name if stated else Path(path).stem
 
 
 def as_features(where: str, values: npt.NDArray[Any]) -> FeatureArray:

@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from lrmil.bags._foreign_arrays import as_coords_l0, as_features
+from lrmil.bags._foreign_arrays import as_coords_l0, as_features, slide_name
 from lrmil.bags.bag import Bag
 from lrmil.bags.trident_attributes import read_attributes
 from lrmil.errors import CorruptBag
@@ -42,13 +42,12 @@ def read_patches(handle: h5py.File, mpp_l0: float | None = None) -> Bag:
     patch_px = int(carrier.shape[1]) if "imgs" in handle else int(attributes["patch_size"])
     side_l0 = patch_px * _downsample(path, attributes)
     coords_l0 = as_coords_l0(path, handle["coords"][()])
-    name = attributes.get("name") or attributes.get("wsi_name") or Path(path).stem
     return Bag(
         features=np.empty((len(coords_l0), 0), np.float16),
         coords_l0=coords_l0,
         patch_side_l0=side_l0,
         mpp=None if mpp_l0 is None else side_l0 * mpp_l0 / patch_px,
-        slide=str(name),
+        slide=slide_name(attributes.get("name") or attributes.get("wsi_name"), path),
         mpp_l0=mpp_l0,
         patch_px=patch_px,
         provenance={"source": "CLAM patches"},

@@ -12,7 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from lrmil.bags._foreign_arrays import as_coords_l0, as_features
+from lrmil.bags._foreign_arrays import as_coords_l0, as_features, slide_name
 from lrmil.bags.bag import Bag
 from lrmil.bags.hdf5 import create, find_dataset
 from lrmil.bags.trident_attributes import read_attributes, set_coordinate_attributes, set_feature_attributes
@@ -45,7 +45,7 @@ def read(handle: h5py.File, mpp_l0: float | None = None) -> Bag:
         coords_l0=coords_l0,
         patch_side_l0=side_l0,
         mpp=mpp,
-        slide=str(attributes.get("name") or Path(path).stem),
+        slide=slide_name(attributes.get("name"), path),
         mpp_l0=mpp_l0,
         patch_px=patch_px,
         dimensions_l0=None if None in size else (int(size[0]), int(size[1])),  # type: ignore[arg-type]
