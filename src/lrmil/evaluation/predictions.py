@@ -201,9 +201,10 @@ class Predictions:
     @classmethod
     def read_csv(cls, path: str | os.PathLike[str]) -> Predictions:
         """Read what `write_csv` wrote. Ids that look like numbers stay as they were written."""
-        text = {"slide_id": str, "patient_id": str, "label": str}
-        frame = pd.read_csv(Path(path), dtype=text, keep_default_na=False, float_precision="round_trip")
-        return cls.from_frame(frame)
+        # Numbers are parsed by Python, which gives back every digit whatever the version of pandas.
+        frame = pd.read_csv(Path(path), dtype=str, keep_default_na=False)
+        numbers = {c: float for c in frame.columns if c.startswith("p_")}
+        return cls.from_frame(frame.astype({"seed": int, "fold": int, **numbers}))
 
 
 def concatenate(parts: Sequence[Predictions]) -> Predictions:

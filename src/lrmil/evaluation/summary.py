@@ -66,7 +66,7 @@ def standard_limits(*, patients: int, folds: int, seeds: int, simulated: bool, f
         f"The numbers come from {patients} patients, each tested by models that never saw that patient ({runs}). "
         "Intervals resample these patients; they do not show how much the models would change with other training "
         "patients. Folds share training patients, so the sd over folds is no basis for a test.",
-        "Patients of another hospital, scanner or stain are not tested unless the cohort holds them; expect less there.",
+        "Other hospitals, scanners and stains are tested only as far as the cohort holds them; expect less elsewhere.",
         "Attention shows what a model weighted, not why, and not where disease is.",
         "Times hold for this machine and these settings; compare methods with each other, not with other machines.",
     ]

@@ -33,7 +33,7 @@ METHOD_ORDER = (
 """As in the paper; methods not named here follow in order of appearance."""
 
 _KEYS = ["dataset", "task", "method", "group"]
-_COSTS = ["patches_per_slide", "seconds_per_slide", "time_s"]
+_COUNTS = ["folds", "seeds", "slides", "patients"]
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,12 @@ def write_results(path: str | os.PathLike[str], results: pd.DataFrame) -> None:
 
 def read_results(path: str | os.PathLike[str]) -> pd.DataFrame:
     """Read what `write_results` wrote."""
-    text = dict.fromkeys([*_KEYS, "note"], str)
-    frame = pd.read_csv(Path(path), dtype=text, float_precision="round_trip")
-    if "note" in frame:
-        frame["note"] = frame["note"].fillna("")
-    return frame
+    # Numbers are parsed by Python, which gives back every digit whatever the version of pandas.
+    frame = pd.read_csv(Path(path), dtype=str, keep_default_na=False)
+    whole = [c for c in _COUNTS if c in frame]
+    numbers = [c for c in frame.columns if c not in (*_KEYS, *_COUNTS, "note")]
+    frame[numbers] = frame[numbers].replace("", "nan")
+    return frame.astype(dict.fromkeys(whole, int) | dict.fromkeys(numbers, float))
 
 
 def paper_frame(results: pd.DataFrame) -> pd.DataFrame:

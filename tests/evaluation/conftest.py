@@ -1,0 +1,44 @@
+"""Simulated predictions with a known truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from lrmil.evaluation.predictions import Predictions
+
+Simulate = Callable[..., Predictions]
+
+
+@pytest.fixture(scope="session")
+def simulate() -> Simulate:
+    """`simulate(rng, patients, ...)`: two classes, binormal scores `separation` apart, folds stratified by label."""
+
+    def make(
+        rng: np.random.Generator,
+        patients: int = 40,
+        *,
+        slides_per_patient: int = 1,
+        folds: int = 5,
+        seeds: int = 1,
+        separation: float = 1.0,
+    ) -> Predictions:
+        label = np.arange(patients) % 2
+        fold = np.arange(patients) // 2 % folds
+        rows = np.tile(np.repeat(np.arange(patients), slides_per_patient), seeds)
+        count = patients * slides_per_patient
+        score = rng.normal(size=count * seeds) + separation * label[rows]
+        positive = 1 / (1 + np.exp(-(score - separation / 2)))
+        return Predictions.of(
+            slide_ids=np.tile([f"slide_{i}" for i in range(count)], seeds).tolist(),
+            patient_ids=[f"patient_{r}" for r in rows],
+            labels=label[rows],
+            probabilities=np.stack([1 - positive, positive], axis=1),
+            class_names=["negative", "positive"],
+            folds=fold[rows],
+            seeds=np.repeat(np.arange(seeds), count),
+        )
+
+    return make
