@@ -47,7 +47,7 @@ def mask_polygons(mask: npt.NDArray[np.bool_], step_px: float) -> list[Polygon]:
     """Outlines of a coarse mask (h, w) whose samples are `step_px` level-0 pixels wide."""
     fine = cv2.resize(mask.astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     contours, tree = cv2.findContours(fine, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    rings = [(np.asarray(cv2.approxPolyDP(c, 0.8, True))[:, 0, :] + 0.5) * (step_px / 2) for c in contours]
+    rings = [_points(cv2.approxPolyDP(c, 0.8, True)) * (step_px / 2) for c in contours]
     polygons: list[Polygon] = []
     for row, ring in enumerate(rings):
         if tree[0, row, 3] >= 0 or len(ring) < 3:
@@ -114,6 +114,11 @@ def is_finished(folder: Path, slide_id: str, fingerprint: str) -> bool:
     """Whether the truth of a slide is there and states `fingerprint`."""
     summary = folder / f"{slide_id}.json"
     return summary.is_file() and read_json(summary).get("fingerprint") == fingerprint
+
+
+def _points(contour: Any) -> FloatArray:
+    """Centres of contour pixels (N, 1, 2), measured from the corner of the image."""
+    return np.asarray(contour, np.float64)[:, 0, :] + 0.5
 
 
 def _closed(ring: FloatArray) -> list[list[float]]:

@@ -42,9 +42,9 @@ def simulate_cohort(
 ) -> Path:
     """Write the cohort into the folder `out` and return the path of its cohort.csv.
 
-    `out` then holds slides/*.tif, truth/ (see `lrmil.cohorts.truth`), cohort.csv, simulated.json and contact_sheet.png, where
-    positive areas are outlined. Slides that are there already, made from the same settings, are kept, so that a killed
-    run resumes.
+    `out` then holds slides/*.tif, truth/ (see `lrmil.cohorts.truth`), cohort.csv, simulated.json and contact_sheet.png,
+    where positive areas are outlined. Slides that are there already, made from the same settings, are kept, so that a
+    killed run resumes.
 
     Args:
         out: folder; made if missing.
