@@ -3,8 +3,8 @@
 Regions are laid on a grid of 448 or 896 level-0 px (patches of 112 or 224 px, ratio 4, at 0.5 um/px), but a field is
 500 px wide. A window of 448 px of each field, turned and mirrored, goes to a cell of 448 px, edge to edge with its
 neighbours. With 112-px patches each region is then one window of one field, and its truth is that field's; with 224-px
-patches it is two by two windows, and seams fall between children, never inside one. White glass two cells wide surrounds
-the mosaic: tissue finding needs some, and that width keeps the cells on both grids.
+patches it is two by two windows, and seams fall between children, never inside one. Tissue finding needs some glass
+around: two cells to the left and above, which keeps the mosaic on both grids, and one to the right and below.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lrmil.cohorts.crchisto import CLASSES, SourceImage
 from lrmil.cohorts.truth import NucleusTable
 
 CELL_PX = 448
-BORDER_PX = 2 * CELL_PX
+BEFORE_PX, BEHIND_PX = 2 * CELL_PX, CELL_PX
 GLASS = 244
 
 
@@ -56,10 +56,11 @@ def compose(
     """
     columns = _columns(len(slide.pieces))
     rows = math.ceil(len(slide.pieces) / columns)
-    canvas = np.full((rows * CELL_PX + 2 * BORDER_PX, columns * CELL_PX + 2 * BORDER_PX, 3), GLASS, np.uint8)
+    height, width = (BEFORE_PX + n * CELL_PX + BEHIND_PX for n in (rows, columns))
+    canvas = np.full((height, width, 3), GLASS, np.uint8)
     x, y, kind, inside, corners = [], [], [], [], []
     for number, piece in enumerate(slide.pieces):
-        x0, y0 = BORDER_PX + number % columns * CELL_PX, BORDER_PX + number // columns * CELL_PX
+        x0, y0 = BEFORE_PX + number % columns * CELL_PX, BEFORE_PX + number // columns * CELL_PX
         corners.append((x0, y0))
         canvas[y0 : y0 + CELL_PX, x0 : x0 + CELL_PX] = _window(pixels[piece.image], piece)
         px, py, own = _window_nuclei(source[piece.image], piece)

@@ -209,7 +209,7 @@ def _draw_glands(
     drift = [sample(smooth_noise(rng, shape, 330), seeds) for _ in range(4)]
     disorder = 0.32 + 0.17 * drift[0] + rng.normal(0, 0.10, count) + 0.55 * tissue.architecture * positive
     disorder = np.clip(disorder, 0, 1)
-    wall = rng.normal(17.5, 2.0, count) + 9 * disorder
+    wall = rng.normal(15.5, 2.0, count) + 15 * disorder
     return Glands(
         centre_um=seeds,
         positive=positive,
@@ -250,7 +250,7 @@ def _gland_fields(
     inside = inside + (0.8 + 3.2 * disorder) * rough
     # disordered glands have small extra lumina instead of one round one
     holes = smooth_noise(rng, shape, 22)[near]
-    lumen = np.maximum(inside - glands.wall_um[first], (holes - 1.9 + 0.55 * disorder) * 9)
+    lumen = np.maximum(inside - glands.wall_um[first], (holes - 2.0 + 0.5 * disorder) * 8)
     lumen = np.minimum(lumen, inside - 8)
     gland_um[near] = inside
     lumen_um[near] = lumen

@@ -78,7 +78,7 @@ def plan_cohort(settings: SimulatedSettings) -> list[SlidePlan]:
                 site=int(site[who]),
                 label=int(label[who]),
                 positive_share=float(min(share[who] * wobble[row], 0.85)),
-                time=None if time is None else round(float(time[who]), 2),
+                time=None if time is None else max(0.01, round(float(time[who]), 2)),
                 event=None if event is None else int(event[who]),
             )
         )
