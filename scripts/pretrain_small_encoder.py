@@ -123,6 +123,29 @@ class Distiller(nn.Module):
         )
 
 
+def relative_steps(model: nn.Module, rate: float, weight_decay: float) -> list[dict]:
+    """Parameter groups whose steps are `rate` times the tensor's size, since sliced weights differ 100-fold in size."""
+    groups = []
+    for parameter in model.parameters():
+        matrix = parameter.ndim > 1
+        size = float(parameter.detach().square().mean().sqrt())
+        step = rate * min(max(size, 0.01), 1.0 if matrix else 0.1)
+        groups.append({"params": [parameter], "lr": step, "weight_decay": weight_decay if matrix else 0.0})
+    return groups
+
+
+@torch.no_grad()
+def start_model(args: argparse.Namespace, model: Distiller, images: Tensor, cls: Tensor, tokens: Tensor) -> None:
+    """Slice the teacher into the student, and fit the projectors to what comes out."""
+    if args.start == "slice":
+        slice_teacher(load_teacher(args.teacher), model.student, enlarge(images), images)
+    out = torch.cat([model.student.forward_features(part) for part in images.split(64)])
+    for layer, features, goal in ((model.read_cls, out[:, 0], cls), (model.read_tokens, out[:, 1:], tokens)):
+        weight, bias = ridge(features, goal.reshape(*features.shape[:-1], -1), strength=1e-2)
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+
+
 def train(args: argparse.Namespace, tiles: Tiles, targets: npt.NDArray[np.float16]) -> tuple[VisionTransformer, dict]:
     """Slice, then distil. Returns the student and a summary of the training."""
     torch.manual_seed(args.seed)
@@ -140,15 +163,10 @@ def train(args: argparse.Namespace, tiles: Tiles, targets: npt.NDArray[np.float1
         return normalise(torch.from_numpy(tiles[rows])), cls, tokens.unflatten(1, (side, side))
 
     model = Distiller(new_student(args.width, args.heads), targets.shape[-1])
-    images, cls, tokens = batch_of(used[: args.calibration])
-    if args.start == "slice":
-        slice_teacher(load_teacher(args.teacher), model.student, enlarge(images), images)
-    with torch.no_grad():
-        out = torch.cat([model.student.forward_features(part) for part in images.split(64)])
-        for layer, features, goal in ((model.read_cls, out[:, 0], cls), (model.read_tokens, out[:, 1:], tokens)):
-            weight, bias = ridge(features, goal.reshape(*features.shape[:-1], -1), strength=1e-2)
-            layer.weight.copy_(weight)
-            layer.bias.copy_(bias)
+    first, state_file = 0, args.work / "state.pt"
+    resumed = args.resume and state_file.exists()
+    if not resumed:
+        start_model(args, model, *batch_of(used[: args.calibration]))
 
     @torch.inference_mode()
     def held_out_r2() -> list[float]:
@@ -157,25 +175,30 @@ def train(args: argparse.Namespace, tiles: Tiles, targets: npt.NDArray[np.float1
         model.train()
         return [round(1 - float(error), 4) for error in errors]
 
-    decayed = [p for p in model.parameters() if p.ndim > 1 and p.shape[0] > 1]
-    rest = [p for p in model.parameters() if not (p.ndim > 1 and p.shape[0] > 1)]
-    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(relative_steps(model, args.learning_rate, args.weight_decay), betas=(0.9, 0.98))
     per_epoch = len(used) // args.batch
     steps = per_epoch * args.epochs
     warm = min(100, steps // 10 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda s: min((s + 1) / warm, 0.5 * (1 + math.cos(math.pi * s / max(steps, 1))))
     )
-    curve = [{"epoch": 0, "held_out_r2_cls_tokens": held_out_r2()}]
-    print(f"start: held-out R2 of class token, patch tokens {curve[0]['held_out_r2_cls_tokens']}", flush=True)
-    first, state_file = 0, args.work / "state.pt"
-    if args.resume and state_file.exists():
+
+    def keep(epoch: int) -> None:
+        state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
+        torch.save(state | {"epoch": epoch, "curve": json.dumps(curve)}, state_file.with_suffix(".tmp"))
+        state_file.with_suffix(".tmp").rename(state_file)
+
+    if resumed:
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         schedule.load_state_dict(state["schedule"])
         first, curve = state["epoch"], json.loads(state["curve"])
+    else:
+        curve = [{"epoch": 0, "held_out_r2_cls_tokens": held_out_r2()}]
+        print(f"start: held-out R2 of class token, patch tokens {curve[0]['held_out_r2_cls_tokens']}", flush=True)
+        keep(0)
+    recent = 1 - np.array(curve[-1]["held_out_r2_cls_tokens"])
     for epoch in range(first, args.epochs):
         began, shuffled = time.monotonic(), np.random.default_rng([args.seed, epoch])
         rows = shuffled.permutation(used)
@@ -194,10 +217,12 @@ def train(args: argparse.Namespace, tiles: Tiles, targets: npt.NDArray[np.float1
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             schedule.step()
+            recent += 0.05 * (np.array([float(cls_error), float(token_error)]) - recent)
+            if step % 50 == 49:
+                print(f"  step {step + 1}/{per_epoch}: squared errors {recent.round(3)}", flush=True)
         curve.append({"epoch": epoch + 1, "held_out_r2_cls_tokens": held_out_r2()})
         print(f"epoch {epoch + 1}: {curve[-1]['held_out_r2_cls_tokens']}, {time.monotonic() - began:.0f} s", flush=True)
-        state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
-        torch.save(state | {"epoch": epoch + 1, "curve": json.dumps(curve)}, state_file)
+        keep(epoch + 1)
     summary = {"tiles": len(used), "epochs": args.epochs, "views": per_epoch * args.batch * args.epochs, "curve": curve}
     return model.student.eval(), summary
 
@@ -253,12 +278,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--start", choices=("slice", "random"), default="slice", help="initial weights")
-    parser.add_argument("--calibration", type=int, default=512, help="tiles on which the slice is fitted")
-    parser.add_argument("--held-out", type=int, default=384, help="tiles kept for the reported R2")
+    parser.add_argument("--calibration", type=int, default=400, help="tiles on which the slice is fitted")
+    parser.add_argument("--held-out", type=int, default=256, help="tiles kept for the reported R2")
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=64, help="a multiple of 8")
-    parser.add_argument("--learning-rate", type=float, default=7e-4)
-    parser.add_argument("--weight-decay", type=float, default=0.02)
+    parser.add_argument("--batch", type=int, default=32, help="a multiple of 8")
+    parser.add_argument("--learning-rate", type=float, default=5e-3, help="step, relative to a tensor's size")
+    parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resume", action="store_true", help="go on from the latest state in the work folder")

@@ -19,6 +19,7 @@ standard error comes from resampling the groups (200 times) with the predictions
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ from timm.models.vision_transformer import VisionTransformer
 from lrmil.cohorts.simulated import render_tile
 from lrmil.cohorts.simulated.nuclei import EPITHELIAL
 from lrmil.cohorts.simulated.settings import SimulatedSettings
-from lrmil.files import read_json, write_json
+from lrmil.files import read_json, sha256, write_json
 
 Tiles = npt.NDArray[np.uint8]
 Features = npt.NDArray[np.float32]
@@ -57,6 +58,8 @@ class Network:
     """A frozen network and the pixels it wants."""
 
     name: str
+    fingerprint: str
+    """of the weights; names the files of `--cache`"""
     vit: VisionTransformer
     input_px: int
     mean: tuple[float, ...]
@@ -87,11 +90,16 @@ def load_networks(weights: Path, teacher: Path | None) -> list[Network]:
         )  # fmt: skip
         if name == "lrmil-small":
             vit.load_state_dict({k: v.float() for k, v in load_file(weights / "lrmil-small.safetensors").items()})
-        networks.append(Network(name, vit.eval(), card["input_px"], tuple(card["mean"]), tuple(card["std"])))
+        fingerprint = card["sha256"] if name == "lrmil-small" else f"random-{card['width']}-{card['heads']}"
+        networks.append(
+            Network(name, fingerprint, vit.eval(), card["input_px"], tuple(card["mean"]), tuple(card["std"]))
+        )
     if teacher is not None:
         vit = timm.create_model("vit_small_patch14_dinov2", num_classes=0, dynamic_img_size=True)
         vit.load_state_dict({k: v.float() for k, v in load_file(teacher).items()})
-        networks.append(Network("DINOv2 ViT-S/14", vit.eval(), 112, tuple(card["mean"]), tuple(card["std"])))
+        networks.append(
+            Network("DINOv2 ViT-S/14", sha256(teacher), vit.eval(), 112, tuple(card["mean"]), tuple(card["std"]))
+        )
     return networks
 
 
@@ -113,6 +121,11 @@ def shrink(tiles: Tiles, factor: int) -> Tiles:
     n, h, w, _ = tiles.shape
     blocks = tiles.reshape(n, h // factor, factor, w // factor, factor, 3).astype(np.float32)
     return blocks.mean((2, 4)).round().astype(np.uint8)
+
+
+def enlarge(tiles: Tiles, side: int) -> Tiles:
+    """Enlarge by cubic interpolation."""
+    return np.stack([cv2.resize(tile, (side, side), interpolation=cv2.INTER_CUBIC) for tile in tiles])
 
 
 def simulated_regions(fields: int) -> tuple[Tiles, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -190,6 +203,18 @@ def probe(
     return float(roc_auc_score(labels, score)), float(np.std(draws)), np.array(draws)
 
 
+def embedded(cache: Path | None, network: Network, scale: str, embed: Callable, tiles: Tiles) -> Features:
+    """`embed(network, tiles)`, read from the folder `cache` where it was kept before."""
+    if cache is None:
+        return embed(network, tiles)
+    key = hashlib.sha256(f"{network.fingerprint} {network.input_px} {scale}".encode() + tiles.tobytes()).hexdigest()
+    path = cache / f"{key}.npy"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        np.save(path, embed(network, tiles))
+    return np.load(path)
+
+
 def questions(args: argparse.Namespace) -> list[tuple[str, Tiles, Callable, Callable, npt.NDArray, npt.NDArray]]:
     """Name, tiles, how to embed them at 20x and at 5x, labels (-1: left out) and groups."""
     out = []
@@ -200,7 +225,7 @@ def questions(args: argparse.Namespace) -> list[tuple[str, Tiles, Callable, Call
     crchisto = args.data / "crchisto"
     if crchisto.is_dir():
         at_20x: Callable = lambda net, tiles: net.embed(tiles)  # noqa: E731
-        at_5x: Callable = lambda net, tiles: net.embed(shrink(tiles, 4).repeat(4, 1).repeat(4, 2))  # noqa: E731
+        at_5x: Callable = lambda net, tiles: net.embed(enlarge(shrink(tiles, 4), SIDE))  # noqa: E731
         tiles, kinds, groups = real_nuclei(crchisto, args.per_image)
         pairs = (("fibroblast", "inflammatory"), ("epithelial", "fibroblast"), ("epithelial", None))
         for one, other in pairs:
@@ -221,23 +246,24 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds crchisto/")
     parser.add_argument("--teacher", type=Path, help="safetensors of DINOv2 ViT-S/14, for comparison")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
-    parser.add_argument("--fields", type=int, default=48, help="fields of simulated tissue, 16 regions each; 0: none")
-    parser.add_argument("--per-image", type=int, default=12, help="nuclei of each kind from one image")
+    parser.add_argument("--cache", type=Path, help="folder that keeps embeddings between calls")
+    parser.add_argument("--fields", type=int, default=24, help="fields of simulated tissue, 16 regions each; 0: none")
+    parser.add_argument("--per-image", type=int, default=8, help="nuclei of each kind from one image")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     networks = load_networks(args.weights, args.teacher)
-    rows, cache = [], {}
+    rows, done = [], {}
     for name, tiles, fine, coarse, labels, groups in questions(args):
         used = labels >= 0
         for network in networks:
             both = []
             for scale, embed in (("20x", fine), ("5x", coarse)):
                 key = (network.name, scale, id(tiles))
-                if key not in cache:
-                    cache[key] = embed(network, tiles)
-                both.append(probe(cache[key][used], labels[used], groups[used], args.repeats))
+                if key not in done:
+                    done[key] = embedded(args.cache, network, scale, embed, tiles)
+                both.append(probe(done[key][used], labels[used], groups[used], args.repeats))
             (a20, se20, d20), (a5, se5, d5) = both
             row = {
                 "question": name, "network": network.name, "n": int(used.sum()), "groups": len(np.unique(groups[used])),

@@ -20,6 +20,7 @@
     │   ├── CorruptBag              truncated, wrong shapes, or not numbers
     │   └── ProvenanceMismatch      made by another encoder or with other settings
     ├── HeadError                   a MIL head cannot be built or fed
+    ├── TrainingError               training cannot start, or has diverged
     ├── CheckpointError             a weight file does not fit, or is not safe to read
     ├── BundleError                 a deployed model cannot be loaded
     │   └── BundleAltered           its files are not the ones that were written
@@ -118,6 +119,10 @@ class ProvenanceMismatch(BagError):
 
 class HeadError(LrmilError):
     """A MIL head cannot be built, or was fed a bag that it cannot take."""
+
+
+class TrainingError(LrmilError):
+    """Training cannot start, or has diverged."""
 
 
 class CheckpointError(LrmilError):

@@ -134,6 +134,8 @@ class MatchedGrid:
     """
 
     scale: SlideScale
+    dimensions_l0: tuple[int, int]
+    """width and height of the slide"""
     region_boxes_l0: IntArray
     """(N, 4)"""
     region_index: IntArray
@@ -227,6 +229,7 @@ def match_grids(
 
     return MatchedGrid(
         scale=scale,
+        dimensions_l0=(int(width_l0), int(height_l0)),
         region_boxes_l0=boxes[kept],
         region_index=np.stack([col[kept], row[kept]], axis=1).astype(np.int64),
         region_tissue=tissue[kept],

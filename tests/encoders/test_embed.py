@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from lrmil.encoders import Encoder, EncoderSettings, embed, encoder_from_settings
-from lrmil.encoders.embedding import choose_dtype
+from lrmil.encoders.embedding import choose_dtype, default_batch
 from lrmil.errors import ConfigError, EncoderError
 
 Make = Callable[..., Any]
@@ -67,6 +67,10 @@ def test_features_do_not_depend_on_the_batches(
         np.testing.assert_allclose(out.cls[layer], wanted.cls[layer].numpy(), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(out.tokens[1], wanted.tokens[1].numpy(), rtol=1e-4, atol=1e-5)
     assert out.embedding.dtype == out.cls[0].dtype == np.float32
+
+
+def test_default_batch_follows_the_token_grid(tiny: Make) -> None:
+    assert [default_batch(tiny(options={"input_px": side})) for side in (32, 128, 224)] == [16, 8, 4]
 
 
 def test_no_patches(tiny: Make) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -233,9 +235,16 @@ def test_weights_sha256_follows_the_weights(tiny: Callable[..., Encoder], normal
     assert encoder.weights_sha256 == tiny(seed=9).weights_sha256
 
 
-def test_describe_is_plain_data_and_names_the_choices(tiny: Callable[..., Encoder]) -> None:
-    import json
+def test_a_copy_is_a_student_of_its_own(tiny: Callable[..., Encoder]) -> None:
+    teacher = tiny()
+    before = teacher.weights_sha256
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        student.trunk.norm.bias.add_(1)
+    assert teacher.weights_sha256 == before != student.weights_sha256
 
+
+def test_describe_is_plain_data_and_names_the_choices(tiny: Callable[..., Encoder]) -> None:
     encoder = tiny(options={"input_px": 48})
     facts = json.loads(json.dumps(encoder.describe()))
     assert facts["input_px"] == 48

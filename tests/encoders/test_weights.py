@@ -106,8 +106,11 @@ def test_position_table_of_another_side_is_kept_whole(
 
 
 class Nasty:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
     def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.system, ("touch /tmp/lrmil-nasty-pickle-ran",)
+        return os.mkdir, (str(self.trace),)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -115,14 +118,14 @@ class Nasty:
 @pytest.mark.parametrize("how", ["torch.save", "pickle"])
 def test_pickles_that_could_run_code_are_refused(tiny_card: Make, tmp_path: Path, suffix: str, how: str) -> None:
     path = tmp_path / f"nasty{suffix}"
-    content = {"patch_embed.proj.weight": torch.zeros(1), "extra": Nasty()}
+    content = {"patch_embed.proj.weight": torch.zeros(1), "extra": Nasty(tmp_path / "ran")}
     if how == "pickle":
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path)
     with pytest.raises(CheckpointError, match="could run code"):
         create_encoder(tiny_card().name, weights=path)
-    assert not Path("/tmp/lrmil-nasty-pickle-ran").exists()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_torch_load_is_only_called_with_weights_only() -> None:
@@ -279,7 +282,9 @@ def test_really_offline_and_not_in_the_cache(tmp_path: Path, monkeypatch: pytest
     """The hub library itself, told to stay offline, with an empty cache: nothing is faked here."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(WeightsUnavailable, match=r"HF_HUB_OFFLINE forbids asking.*access.*CONCH_CKPT_PATH"):
+    with pytest.raises(
+        WeightsUnavailable, match=r"forbids asking.*unset HF_HUB_OFFLINE and ask for access.*CONCH_CKPT"
+    ):
         create_encoder("conch-v1", input_px=256)
 
 
@@ -318,7 +323,7 @@ def shipped(tiny: Make, tmp_path: Path) -> Path:
     folder.mkdir()
     save_file(tiny(seed=1).trunk.state_dict(), folder / "tiny-shipped.safetensors")
     facts = {"width": 32, "depth": 3, "heads": 4, "token_px": 8, "input_px": 32}
-    facts |= {"mean": [0.7, 0.5, 0.7], "std": [0.2, 0.2, 0.2], "native_mpp": [0.5, 2.0], "training_images": 10}
+    facts |= {"mean": [0.7, 0.5, 0.7], "std": [0.2, 0.2, 0.2], "native_mpp": [0.5, 2.0], "credit": "Those who made it"}
     facts["sha256"] = sha256(folder / "tiny-shipped.safetensors")
     (folder / "tiny-shipped.json").write_text(json.dumps(facts))
     return folder / "tiny-shipped.json"
@@ -330,6 +335,7 @@ def test_shipped_encoder(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None
     packaged.register_all()
     card = resolve_card("tiny-shipped")
     assert (card.width, card.native_mpp, card.mean) == (32, (0.5, 2.0), (0.7, 0.5, 0.7))
+    assert card.citation == "Those who made it"
     encoder = create_encoder("tiny-shipped")
     assert encoder.weights_source == "package weights/tiny-shipped.safetensors"
     assert encoder.trunk.blocks[0].attn.num_heads == 4

@@ -22,7 +22,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     # Both --batch-size and --batch_size are ordinary in this field.
-    context_settings={"token_normalize_func": lambda name: name.replace("_", "-"), "help_option_names": ["-h", "--help"]},
+    context_settings={
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    },
     help="Classify whole-slide images from 5x pixels alone, with a model that learned from 20x.\n\n"
     "Start with `lrmil demo` (offline, a few minutes), then `lrmil run config.yaml` on your own slides "
     "and `lrmil predict SLIDE --model runs/x/model --out answers`.",

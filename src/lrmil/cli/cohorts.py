@@ -28,7 +28,7 @@ def simulate(
     """Simulate H&E-like slides of two classes that differ in nuclear detail, with the truth of every region."""
     import yaml
 
-    from lrmil.cohorts.simulated import simulated_settings, simulate_cohort
+    from lrmil.cohorts.simulated import preset, simulate_cohort
     from lrmil.errors import ConfigError
     from lrmil.pipeline.reporting import Reporter
 
@@ -40,10 +40,10 @@ def simulate(
         changes[key.strip()] = yaml.safe_load(value)
     if seed is not None:
         changes["seed"] = seed
-    settings = simulated_settings(size, **changes)
+    settings = preset(size, **changes)
     reporter = Reporter()
-    with reporter.task("simulate", settings.num_slides) as progress:
-        table = simulate_cohort(out, settings, processes=processes, on_progress=lambda name: progress.advance(note=name))
+    with reporter.task("simulate", settings.slides) as progress:
+        table = simulate_cohort(out, settings, processes=processes, on_progress=progress.reach)
     print(f"wrote {table}")
 
 
@@ -62,5 +62,5 @@ def assemble(
     settings = AssembledSettings(task=task, num_groups=groups, slides_per_group=slides_per_group, seed=seed)
     reporter = Reporter()
     with reporter.task("assemble", settings.num_slides) as progress:
-        table = assemble_cohort(source, out, settings, on_progress=lambda name: progress.advance(note=name))
+        table = assemble_cohort(source, out, settings, on_progress=progress.reach)
     print(f"wrote {table}")

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from lrmil.errors import BagError
+
 
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
@@ -18,7 +20,9 @@ def register(app: typer.Typer) -> None:
 def import_features(
     source: Annotated[Path, typer.Argument(help="A feature file, or a folder of them (TRIDENT, CLAM, STAMP).")],
     out: Annotated[Path, typer.Argument(help="Folder for lrmil feature files.")],
-    patches: Annotated[Path | None, typer.Option(help="CLAM: folder of the patches/*.h5 that the features belong to.")] = None,
+    patches: Annotated[
+        Path | None, typer.Option(help="CLAM: folder of the patches/*.h5 that the features belong to.")
+    ] = None,
     mpp: Annotated[float | None, typer.Option(help="um per level-0 pixel, where the files do not say it.")] = None,
 ) -> None:
     """Read feature files of other tools and write them as lrmil's. What a file does not say is never guessed."""
@@ -39,9 +43,9 @@ def export_features(
     _report(done, failures, out)
 
 
-def _report(done: list[Path], failures: list[tuple[Path, str]], out: Path) -> None:
+def _report(done: list[Path], failures: list[tuple[Path, BagError]], out: Path) -> None:
     print(f"{len(done)} files written to {out}")
-    for path, message in failures:
-        print(f"lrmil: {path}: {message}", file=sys.stderr)
+    for _, error in failures:
+        print(f"lrmil: {error}", file=sys.stderr)
     if failures:
         raise typer.Exit(1)

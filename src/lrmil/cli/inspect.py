@@ -44,9 +44,9 @@ def encoders(
 
     from lrmil.encoders import encoder_cards
 
-    cards = sorted(encoder_cards().values(), key=lambda c: c.name)
+    cards = sorted(encoder_cards(), key=lambda c: c.name)
     if as_json:
-        print(json.dumps([c.summary() for c in cards], indent=2))
+        print(json.dumps([c.model_dump(mode="json") for c in cards], indent=2))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("name", "width", "layers", "token px", "input px", "mpp", "access", "licence"):
@@ -55,16 +55,18 @@ def encoders(
         access = "gated" if c.gated else ("shipped" if c.package_file else "open")
         table.add_row(
             c.name,
-            str(c.embed_dim),
+            str(c.embed_dim()),
             str(c.depth),
             str(c.token_px),
             str(c.input_px),
-            f"{c.native_mpp:g}" if c.native_mpp else "-",
+            ", ".join(f"{m:g}" for m in c.native_mpp) or "-",
             access,
             c.licence,
         )
     Console().print(table)
-    print("\nAny other timm vision transformer works too, as timm:NAME. Gated weights: accept their terms on the hub and")
+    print(
+        "\nAny other timm vision transformer works too, as timm:NAME. Gated weights: accept their terms on the hub and"
+    )
     print("set HF_TOKEN, or give a local file with encoder.weights.")
 
 

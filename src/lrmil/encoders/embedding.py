@@ -17,8 +17,6 @@ from lrmil.errors import ConfigError, EncoderError
 FloatArray = npt.NDArray[np.float32]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Eight 224-px images of a ViT-S keep their activations in a core's cache: 5.2 images/s, against 4.1 with 32 at once.
-_CPU_BATCH, _GPU_BATCH = 8, 64
 
 
 @dataclass
@@ -50,7 +48,7 @@ def embed(
         cls_layers: blocks whose class tokens are wanted as well.
         token_layers: blocks whose patch tokens are wanted as well (G * G times as large).
         precision: see `choose_dtype`.
-        batch_size: images at once; default 8 on a CPU, 64 on a GPU.
+        batch_size: images at once; default `default_batch`.
 
     Raises:
         EncoderError: wrong shapes, no such layer, or features that are not finite.
@@ -59,7 +57,7 @@ def embed(
     cls_layers, token_layers = tuple(cls_layers), tuple(token_layers)
     device = encoder.device
     dtype = choose_dtype(encoder, precision)
-    batch_size = batch_size or (_CPU_BATCH if device.type == "cpu" else _GPU_BATCH)
+    batch_size = batch_size or default_batch(encoder)
     embeddings: list[torch.Tensor] = []
     cls: dict[int, list[torch.Tensor]] = {layer: [] for layer in cls_layers}
     tokens: dict[int, list[torch.Tensor]] = {layer: [] for layer in token_layers}
@@ -90,6 +88,17 @@ def embed(
             fix="Use precision=float32." if dtype != torch.float32 else "Check the weight file.",
         )
     return result
+
+
+def default_batch(encoder: Encoder) -> int:
+    """Images at once: 64 on a GPU; on a CPU 4 to 16, about 2,000 tokens, whose activations stay in a core's cache.
+
+    Measured on one core, images/s at 4, 8, 16 and 32 at once: width 128, 64 tokens: 106, 128, 138, 118; ViT-S,
+    256 tokens: 5.0, 5.2, 4.5, 4.1.
+    """
+    if encoder.device.type != "cpu":
+        return 64
+    return max(4, min(16, 2048 // encoder.token_grid_side**2))
 
 
 def choose_dtype(encoder: Encoder, precision: Precision = "auto") -> torch.dtype:

@@ -2,7 +2,7 @@
 
 The JSON is written by whoever trained the weights and is the only place that says how wide the network is. Needed:
 width, depth, heads, token_px, input_px, mean, std, sha256. Understood as well: mlp_ratio, init_values (LayerScale),
-reg_tokens, table_px (default: input_px), and any field of a card, such as title, licence, native_mpp or citation.
+reg_tokens, table_px (default: input_px), credit (to be cited), and any field of a card, such as title or native_mpp.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def packaged_card(entry: Traversable) -> EncoderCard:
         "table_px": facts.get("table_px", facts["input_px"]),
         "licence": "Apache-2.0",
         "share_derivatives": True,
+        "citation": facts.get("credit", ""),
         "package_file": f"weights/{name}.safetensors",
         "package_sha256": facts["sha256"],
     }

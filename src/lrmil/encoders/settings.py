@@ -28,7 +28,7 @@ class EncoderSettings(Settings):
     )
     random_seed: int | None = Field(None, ge=0, description="random weights from this seed instead of trained ones")
     precision: Precision = Field("auto", description="auto: 16 bit on a GPU, and on a CPU with bfloat16 instructions")
-    batch_size: int | None = Field(None, ge=1, description="images at once; null: 8 on a CPU, 64 on a GPU")
+    batch_size: int | None = Field(None, ge=1, description="images at once; null: 4 to 16 on a CPU, 64 on a GPU")
 
     @model_validator(mode="after")
     def _check(self) -> EncoderSettings:

@@ -153,13 +153,14 @@ def download(card: EncoderCard) -> Path:
 
 def _unavailable(card: EncoderCard, reason: str) -> WeightsUnavailable:
     steps = []
+    online = "unset HF_HUB_OFFLINE and " if huggingface_hub.constants.HF_HUB_OFFLINE else ""
     if card.source and card.gated:
         steps.append(
-            f"ask for access on the page of {card.source} on the Hugging Face hub, "
+            f"{online}ask for access on the page of {card.source} on the Hugging Face hub, "
             "then run `hf auth login` or set HF_TOKEN"
         )
     elif card.source:
-        steps.append("connect this machine to the hub once")
+        steps.append(f"{online}connect this machine to the hub once")
     steps.append(
         f"get {card.files[0]} by other means and set {card.ckpt_variable}, or `weights` in the config, to its path"
     )

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lrmil.errors import SlideError
-from lrmil.inference.images import save_image
 from lrmil.files import write_text
 from lrmil.inference.heatmap import draw_attention
+from lrmil.inference.images import save_image
 from lrmil.inference.predict import Prediction, load_bundle
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -29,7 +29,7 @@ from lrmil.mil import MILHead, create_head
 from lrmil.settings import Settings
 from lrmil.tissue import TissueSettings
 
-FORMAT = "lrmil-bundle/1"
+FORMAT: Literal["lrmil-bundle/1"] = "lrmil-bundle/1"
 
 
 class HeadSpec(Settings):
@@ -38,7 +38,7 @@ class HeadSpec(Settings):
     name: str
     in_dim: int
     num_classes: int
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class TrainedOn(Settings):
@@ -74,12 +74,12 @@ class BundleManifest(Settings):
     recipe: dict[str, Any]
     """the config of the run"""
     software: dict[str, str]
-    files: dict[str, str] = {}
+    files: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of every other file"""
 
 
 def save_bundle(folder: Path, manifest: BundleManifest, encoder: Encoder, head: MILHead) -> BundleManifest:
-    """Write a bundle and return its manifest with the checksums. bundle.json comes last, so a half-written one is none."""
+    """Write a bundle; return its manifest with the checksums. bundle.json comes last, so a half-written one is none."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "bundle.json").unlink(missing_ok=True)
     save_encoder(encoder, folder)

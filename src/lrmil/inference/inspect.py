@@ -13,8 +13,8 @@ import torch
 from lrmil.bags import software_versions
 from lrmil.encoders import encoder_cards
 from lrmil.errors import LrmilError
-from lrmil.inference.images import save_image
 from lrmil.geometry import GridSettings
+from lrmil.inference.images import save_image
 from lrmil.inference.prepare import TileSettings, prepare_slide
 from lrmil.slides import open_slide, reader_cards
 from lrmil.tissue import TissueSettings, overlay
@@ -38,7 +38,8 @@ def describe_slide(
             "level 0": f"{slide.dimensions[0]} x {slide.dimensions[1]} px",
             "mpp": f"{slide.mpp:.4f} um/px (from {slide.mpp_source})",
             "levels": [
-                f"{v.index}: {v.width_px} x {v.height_px} px, {slide.mpp * v.downsample:.3f} um/px" for v in slide.levels
+                f"{v.index}: {v.width_px} x {v.height_px} px, {slide.mpp * v.downsample:.3f} um/px"
+                for v in slide.levels
             ],
             "tissue": f"{prepared.tissue.tissue_share:.1%} of the slide",
             "low resolution": f"{grid.num_regions} regions of {patch_px} px at {scale.lr_mpp:.4g} um/px, "
@@ -74,12 +75,14 @@ def check_machine() -> list[Check]:
             memory_gb = torch.cuda.get_device_properties(index).total_memory / 2**30
             checks.append(Check(f"cuda:{index}", "ok", f"{torch.cuda.get_device_name(index)}, {memory_gb:.0f} GiB"))
     else:
-        checks.append(Check("GPU", "note", "none; encoders run on the CPU, a small one answers a slide in seconds there"))
+        checks.append(
+            Check("GPU", "note", "none; encoders run on the CPU, a small one answers a slide in seconds there")
+        )
     checks.append(Check("CPU", "ok", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"))
     free_gb = shutil.disk_usage(Path.cwd()).free / 2**30
     checks.append(Check("disk", "ok" if free_gb > 5 else "note", f"{free_gb:.0f} GiB free here"))
     for card in reader_cards():
-        checks.append(Check(f"reader {card.name}", "ok", card.summary))
+        checks.append(Check(f"reader {card.name}", "ok", f"{card.formats} ({card.licence})"))
     token = bool(os.environ.get("HF_TOKEN") or (Path.home() / ".cache" / "huggingface" / "token").is_file())
     offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
     checks.append(
@@ -90,12 +93,14 @@ def check_machine() -> list[Check]:
             + ("a token is set" if token else "no token: gated encoders need HF_TOKEN or a local file"),
         )
     )
-    for card in encoder_cards().values():
-        if card.package_file:
+    for encoder in encoder_cards():
+        if encoder.package_file:
             try:
-                checks.append(Check(f"encoder {card.name}", "ok", f"shipped, {_package_weight(card.package_file)}"))
+                checks.append(
+                    Check(f"encoder {encoder.name}", "ok", f"shipped, {_package_weight(encoder.package_file)}")
+                )
             except (LrmilError, FileNotFoundError) as error:
-                checks.append(Check(f"encoder {card.name}", "bad", str(error)))
+                checks.append(Check(f"encoder {encoder.name}", "bad", str(error)))
     return checks
 
 

@@ -153,9 +153,7 @@ class Bundle:
             predicted=m.classes[int(probabilities.argmax())],
             boxes_l0=grid.region_boxes_l0[seen.rows],
             attention=attention,
-            seconds=Seconds(
-                prepared.seconds, seen.log.busy_s, seen.encoding_s, mil_s, time.perf_counter() - began
-            ),
+            seconds=Seconds(prepared.seconds, seen.log.busy_s, seen.encoding_s, mil_s, time.perf_counter() - began),
             patches_read=seen.log.patches,
             patches_encoded=len(seen.rows),
             unreadable=len(seen.log.unreadable),

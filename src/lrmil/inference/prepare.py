@@ -1,4 +1,4 @@
-"""What happens to every slide, in training and in deployment alike, before an encoder sees it: tissue, then the grid."""
+"""What happens to every slide, in training as in deployment, before an encoder sees it: tissue, then the grid."""
 
 from __future__ import annotations
 

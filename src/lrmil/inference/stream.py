@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lrmil.encoders import Encoder, embed
+from lrmil.encoders.settings import Precision
 from lrmil.errors import TooManyUnreadable, UnreadableRegion
 from lrmil.geometry import IntArray, MatchedGrid
 from lrmil.slides import Slide
@@ -142,7 +143,7 @@ def encode_patches(
     *,
     batch_size: int,
     threads: int,
-    precision: str = "auto",
+    precision: Precision = "auto",
     cls_layers: Sequence[int] = (),
     dtype: npt.DTypeLike = np.float32,
     max_unreadable: float = 1.0,

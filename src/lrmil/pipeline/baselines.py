@@ -1,4 +1,4 @@
-"""What LRMIL has to beat to be worth anything: the majority class, colour alone, and an encoder that learned nothing."""
+"""What LRMIL has to beat to be worth anything: the majority class, colour alone, an encoder that learned nothing."""
 
 from __future__ import annotations
 

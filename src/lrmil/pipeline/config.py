@@ -25,7 +25,9 @@ class HREncoderSettings(EncoderSettings):
     """The frozen high-resolution encoder, which is also what the student starts from."""
 
     input_px: int | None = Field(None, description="side of the patches it sees; null: grid.patch_px")
-    student_embedding: Embedding | None = Field("cls", description="the student's output for a region; null: the card's")
+    student_embedding: Embedding | None = Field(
+        "cls", description="the student's output for a region; null: the card's"
+    )
     stream_batch: int = Field(64, ge=1, description="patches that readers put together for the encoder")
 
 
@@ -36,7 +38,9 @@ class CohortSettings(Settings):
     task: str = Field("label", description="the label column")
     classes: list[str] | None = Field(None, description="labels in the order of the outputs; default sorted")
     slides_dir: str | None = Field(None, description="where slides lie if the table has no path column")
-    label_level: Literal["slide", "patient"] = Field("slide", description="patient: two labels of one patient are an error")
+    label_level: Literal["slide", "patient"] = Field(
+        "slide", description="patient: two labels of one patient are an error"
+    )
 
 
 class FoldSettings(Settings):
@@ -63,15 +67,15 @@ class RunSettings(Settings):
 
     cohort: CohortSettings
     out: str = Field(..., description="output folder; a second run with the same config resumes there")
-    grid: GridSettings = GridSettings()  # type: ignore[call-arg]
+    grid: GridSettings = GridSettings()
     tissue: TissueSettings = TissueSettings()
-    tiles: TileSettings = TileSettings()  # type: ignore[call-arg]
+    tiles: TileSettings = TileSettings()
     encoder: HREncoderSettings = HREncoderSettings()
-    folds: FoldSettings = FoldSettings()  # type: ignore[call-arg]
+    folds: FoldSettings = FoldSettings()
     stage1: Stage1Settings = Stage1Settings()
     teacher: TeacherSettings = TeacherSettings()
     student: StudentSettings = StudentSettings()
-    evaluation: EvaluationSettings = EvaluationSettings()  # type: ignore[call-arg]
+    evaluation: EvaluationSettings = EvaluationSettings()
     targets: Literal["cached", "on_the_fly"] = Field(
         "cached",
         description="stage 1's targets: CLS of the distilled layers kept in float16 beside the 20x features, "
@@ -85,7 +89,9 @@ class RunSettings(Settings):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunSettings:
-    """Read a YAML config; `overrides` are `section.field=value` strings, values in YAML. Paths are relative to the file.
+    """Read a YAML config; `overrides` are `section.field=value` strings, values in YAML.
+
+    Relative paths count from the folder of the config.
 
     Raises:
         ConfigError: no such file, not YAML, or a field is unknown or out of range; all problems are listed at once.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lrmil.cohorts.table import Cohort
-from lrmil.encoders import Encoder, create_encoder
+from lrmil.encoders import Encoder, encoder_from_settings
 from lrmil.errors import LrmilError
 from lrmil.inference.predict import pick_device
 from lrmil.pipeline.config import RunSettings
@@ -74,7 +74,7 @@ class Run:
     def entries(self) -> list[SlideEntry]:
         """Return the cohort's slides that have not failed, in the cohort's order."""
         failed = {f.slide_id for f in self.failures}
-        table = self.cohort.table
+        table = self.cohort.labelled()
         mpps = table["mpp"] if "mpp" in table else [None] * len(table)
         return [
             SlideEntry(str(slide_id), Path(path), None if mpp is None or mpp != mpp else float(mpp))
@@ -92,12 +92,6 @@ class Run:
     def build_encoder(self, *, student: bool = False) -> Encoder:
         """Build the HR encoder, or a fresh student: the same weights, with the student's embedding."""
         chosen = self.settings.encoder
-        embedding = (chosen.student_embedding or "cls") if student else chosen.embedding
-        return create_encoder(
-            chosen.name,
-            input_px=chosen.input_px or self.settings.grid.patch_px,
-            weights=chosen.weights,
-            embedding=embedding,
-            random_seed=chosen.random_seed,
-            position_embedding=chosen.position_embedding,
-        )
+        if student:
+            chosen = chosen.model_copy(update={"embedding": chosen.student_embedding})
+        return encoder_from_settings(chosen, input_px=chosen.input_px or self.settings.grid.patch_px)

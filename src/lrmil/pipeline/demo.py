@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lrmil.cohorts.simulated import simulate_cohort, simulated_settings
+from lrmil.cohorts.simulated import preset, simulate_cohort
 from lrmil.pipeline.config import parse_config
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.run import Outcome, run_all
@@ -28,14 +28,12 @@ CONFIG = {
 
 def run_demo(out: Path, reporter: Reporter) -> Outcome:
     """Simulate the cohort, run the whole method on it, and write the report."""
-    settings = simulated_settings("demo")
+    settings = preset("demo")
     with (
-        reporter.stage("simulate", f"Simulating {settings.num_slides} slides"),
-        reporter.task("simulate", settings.num_slides) as progress,
+        reporter.stage("simulate", f"Simulating {settings.slides} slides"),
+        reporter.task("simulate", settings.slides) as progress,
     ):
-        table = simulate_cohort(
-            out / "cohort", settings, processes=PROCESSES, on_progress=lambda name: progress.advance(note=name)
-        )
+        table = simulate_cohort(out / "cohort", settings, processes=PROCESSES, on_progress=progress.reach)
     config = CONFIG | {"cohort": CONFIG["cohort"] | {"table": str(table)}, "out": str(out)}  # type: ignore[operator]
     outcome = run_all(
         parse_config(config, "demo"), reporter, title="LRMIL on simulated slides", command="lrmil demo", simulated=True

@@ -78,7 +78,9 @@ def distil_fold(
             step / "history.json",
             {"epochs": fit.history, "best_epoch": fit.best_epoch, "time": fit.time_shares(), "notes": fit.notes},
         )
-        run.folder.mark_done(step, key, best_epoch=fit.best_epoch, val_loss=fit.best.loss, seconds=round(fit.seconds, 1))
+        run.folder.mark_done(
+            step, key, best_epoch=fit.best_epoch, val_loss=fit.best.loss, seconds=round(fit.seconds, 1)
+        )
         run.reporter.line(
             f"  {split.title}: {len(sets['train'])} regions, val loss {fit.history[0]['val_loss']:.4f} after epoch 1, "
             f"{fit.best.loss:.4f} after epoch {fit.best_epoch}"
@@ -92,7 +94,15 @@ def stage1_key(run: Run, split: Split, teacher: Encoder) -> str:
     """Return what a fold's student encoder depends on."""
     s = run.settings
     return fingerprint(
-        teacher.describe(), s.encoder, s.grid, s.tissue, s.tiles, s.stage1, s.seed, split.name, split.learned_from
+        teacher.describe(),
+        s.encoder.student_embedding,
+        s.grid,
+        s.tissue,
+        s.tiles,
+        s.stage1,
+        s.seed,
+        split.name,
+        split.learned_from,
     )
 
 
@@ -113,7 +123,10 @@ def _targets(
     if run.settings.targets == "on_the_fly":
         entry = next(e for e in run.entries() if e.slide_id == slide_id)
         return LiveTargets(entry, grids[slide_id], teacher, layers)
-    bag = read_bag(run.folder.bag(features_name(teacher, run.settings.grid.hr_mpp, run.settings.encoder.random_seed), slide_id), layers=layers)
+    bag = read_bag(
+        run.folder.bag(features_name(teacher, run.settings.grid.hr_mpp, run.settings.encoder.random_seed), slide_id),
+        layers=layers,
+    )
     return CachedTargets(bag, layers, attention)
 
 

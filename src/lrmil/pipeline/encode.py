@@ -89,6 +89,7 @@ def region_bag(
         coords_l0=grid.region_boxes_l0[rows, :2],
         slide=entry.slide_id,
         mpp_l0=grid.scale.mpp_l0,
+        dimensions_l0=grid.dimensions_l0,
         patch_px=grid.scale.patch_px,
         patch_side_l0=grid.scale.region_side_l0,
         mpp=grid.scale.lr_mpp,
@@ -103,9 +104,7 @@ def features_name(encoder: Encoder, mpp: float, random_seed: int | None = None) 
     return f"{name}_{mpp:g}mpp"
 
 
-def bag_provenance(
-    run: Run, entry: SlideEntry, encoder: Encoder, mpp: float, layers: Sequence[int]
-) -> dict[str, Any]:
+def bag_provenance(run: Run, entry: SlideEntry, encoder: Encoder, mpp: float, layers: Sequence[int]) -> dict[str, Any]:
     """Return what a feature file depends on; another provenance means that it must be made again."""
     return {
         "tiles": tile_key(run, entry),
@@ -146,6 +145,7 @@ def _encode(
         coords_l0=grid.child_boxes_l0[order, :2],
         slide=entry_id,
         mpp_l0=grid.scale.mpp_l0,
+        dimensions_l0=grid.dimensions_l0,
         patch_px=grid.scale.patch_px,
         patch_side_l0=grid.scale.child_side_l0,
         mpp=grid.scale.hr_mpp,

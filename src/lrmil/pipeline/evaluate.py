@@ -28,7 +28,14 @@ from lrmil.pipeline.heads import Outputs
 
 TEACHER, LRMIL, LR_ONLY = "HR teacher", "LRMIL", "LR without distillation"
 RANDOM, COLOUR, MAJORITY = "Random encoder", "Colour histogram", "Majority class"
-GROUPS = {TEACHER: "Full HR", LRMIL: "Ours", LR_ONLY: "LR only", RANDOM: "LR only", COLOUR: "Reference", MAJORITY: "Reference"}
+GROUPS = {
+    TEACHER: "Full HR",
+    LRMIL: "Ours",
+    LR_ONLY: "LR only",
+    RANDOM: "LR only",
+    COLOUR: "Reference",
+    MAJORITY: "Reference",
+}
 
 
 class TestPredictions:
@@ -90,7 +97,7 @@ class Scores:
 
 
 def score_methods(run: Run, predictions: Mapping[str, Predictions], costs: Mapping[str, Cost], dataset: str) -> Scores:
-    """Score every method, write tables/ (results.csv, results.md, one CSV of predictions a method), and return it all."""
+    """Score every method; write tables/: results.csv, results.md, and the predictions of each method."""
     e = run.settings.evaluation
     rows = [
         result_row(

@@ -67,16 +67,16 @@ def attention_pictures(
 
 
 def true_areas(entry: SlideEntry) -> list[np.ndarray[Any, Any]]:
-    """Return outlines (V, 2) of the areas annotated for a slide: polygons of <slide>.geojson beside it or in ../truth."""
+    """Return outlines (V, 2), level-0 px, of the areas annotated in <slide>.geojson, beside the slide or in ../truth.
+
+    Areas called "tissue" are left out: they do not say where to look.
+    """
     for folder in (entry.path.parent, entry.path.parent.parent / "truth"):
         path = folder / f"{entry.path.stem}.geojson"
         if path.is_file():
             features = json.loads(path.read_text(encoding="utf-8"))["features"]
-            return [
-                np.asarray(ring, dtype=np.float64)
-                for feature in features
-                for ring in _outer_rings(feature["geometry"])
-            ]
+            wanted = [f for f in features if f.get("properties", {}).get("classification", {}).get("name") != "tissue"]
+            return [np.asarray(ring, np.float64) for f in wanted for ring in _outer_rings(f["geometry"])]
     return []
 
 
@@ -99,7 +99,9 @@ def write_run_report(
     failed = len(run.failures)
     data = ReportData(
         title=title,
-        headline=headline(scores.results, ours=LRMIL, teacher=TEACHER, baseline=LR_ONLY, gain=scores.gain, gap=scores.gap),
+        headline=headline(
+            scores.results, ours=LRMIL, teacher=TEACHER, baseline=LR_ONLY, gain=scores.gain, gap=scores.gap
+        ),
         results=scores.table,
         limits=standard_limits(patients=patients, folds=len(folds), seeds=1, simulated=simulated, failed=failed),
         created=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, lrmil {__version__}",
@@ -179,7 +181,11 @@ def _curves(run: Run, folds: Sequence[Split], scores: Scores) -> list[Picture]:
     pictures = [Picture(to_image(roc_curves(scores.predictions)), "ROC curves, mean over folds")]
     if scores.results["seconds_per_slide"].notna().sum() > 1:
         pictures.append(Picture(to_image(metric_against_seconds(scores.results)), "AUC against seconds per slide"))
-    for step, title in (("stage1", "Stage 1: patch-level distillation"), ("teacher", "20x teacher"), ("student", "5x student")):
+    for step, title in (
+        ("stage1", "Stage 1: patch-level distillation"),
+        ("teacher", "20x teacher"),
+        ("student", "5x student"),
+    ):
         curves = [_curve(run.folder.fold(f.name) / step / "history.json", f.title) for f in folds]
         known = [c for c in curves if c is not None]
         if known:
@@ -214,7 +220,7 @@ def _machine(run: Run, costs: Mapping[str, Sequence[SlideCost]]) -> str:
     count = max((len(found) for found in costs.values()), default=0)
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{run.device}"
     return (
-        f"Mean of {count} test slides, answered from the file after one warm-up; {platform.machine()}, device {device}, "
+        f"Mean of {count} test slides, answered from the file after one warm-up; {platform.machine()}, {device}, "
         f"{torch.get_num_threads()} torch threads, {run.settings.threads} reader threads. Reading is the time spent "
         "waiting for pixels: readers run beside the encoder."
     )

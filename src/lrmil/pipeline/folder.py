@@ -30,8 +30,8 @@ class Failure:
 class RunFolder:
     """Names of everything under the output folder.
 
-    A step is done when its `done.json` holds the key of the settings and inputs it depends on; the file is written last,
-    so a step that was killed is simply repeated.
+    A step is done when its `done.json` holds the key of the settings and inputs it depends on; the file is written
+    last, so a step that was killed is simply repeated.
     """
 
     def __init__(self, root: str | Path) -> None:

@@ -53,7 +53,7 @@ def head_outputs(
 
 def slide_bag(run: Run, bag: Bag, slide_id: str) -> SlideBag:
     """Return a bag as the training loop wants it."""
-    return SlideBag(slide_id, bag.features.astype(np.float32), run.cohort.label_of(slide_id), bag.coords_l0)
+    return SlideBag(slide_id, bag.features, run.cohort.label_of(slide_id), bag.coords_l0)
 
 
 def read_bags(paths: Mapping[str, Path]) -> dict[str, Bag]:

@@ -28,9 +28,13 @@ class Task:
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Say that `count` more units are done; `note` is shown beside them (a loss, a slide name)."""
-        self._done += count
+        self.reach(self._done + count, self._total, note)
+
+    def reach(self, done: int, total: int, note: str = "") -> None:
+        """Say that `done` of `total` units are done."""
+        gained, self._done, self._total = done - self._done, done, total
         if self._bar is not None and self._id is not None:
-            self._bar.update(self._id, advance=count, note=note)
+            self._bar.update(self._id, advance=gained, total=total, note=note)
         elif time.monotonic() - self._last > PLAIN_EVERY_S and self._done < self._total:
             self._last = time.monotonic()
             self._reporter.line(f"  {self._title}: {self._done}/{self._total} {note}".rstrip())

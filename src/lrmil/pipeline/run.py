@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,9 +9,9 @@ from functools import cached_property
 import numpy as np
 
 from lrmil.bags import Bag
-from lrmil.cohorts.table import load_cohort
+from lrmil.cohorts.table import Cohort, load_cohort
 from lrmil.encoders import Encoder, create_encoder
-from lrmil.errors import ConfigError
+from lrmil.errors import CohortError, ConfigError
 from lrmil.evaluation import Cost
 from lrmil.evaluation.report import Picture
 from lrmil.geometry import MatchedGrid, check_token_grid
@@ -22,7 +21,16 @@ from lrmil.pipeline.context import Run, SlideEntry, Split
 from lrmil.pipeline.deploy import write_model
 from lrmil.pipeline.distill import distil_fold, distilled_layers, fold_bag
 from lrmil.pipeline.encode import encode_children, encode_regions, features_name
-from lrmil.pipeline.evaluate import COLOUR, LR_ONLY, LRMIL, MAJORITY, RANDOM, TEACHER, Scores, TestPredictions, score_methods
+from lrmil.pipeline.evaluate import (
+    COLOUR,
+    LR_ONLY,
+    LRMIL,
+    RANDOM,
+    TEACHER,
+    Scores,
+    TestPredictions,
+    score_methods,
+)
 from lrmil.pipeline.figures import attention_pictures, write_run_report
 from lrmil.pipeline.folder import Failure, RunFolder
 from lrmil.pipeline.heads import Outputs, read_bags, stored_head
@@ -150,14 +158,16 @@ def run_until(stage: str, settings: RunSettings, reporter: Reporter) -> Outcome:
 def _start(settings: RunSettings, reporter: Reporter) -> Study:
     folder = RunFolder(settings.out)
     c = settings.cohort
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        cohort = load_cohort(
-            c.table, task=c.task, classes=c.classes, slides_dir=c.slides_dir, label_level=c.label_level
-        )
-    for warning in caught:
-        reporter.warn(str(warning.message))
-    cohort.require_paths()
+    cohort = load_cohort(
+        c.table,
+        task=c.task,
+        classes=c.classes,
+        slides_dir=c.slides_dir,
+        label_level=c.label_level,
+        num_folds=settings.folds.num_folds,
+    )
+    reporter.line(cohort.summary())
+    _require_slides(cohort)
     run = Run(settings, folder, cohort, reporter)
     study = Study(run)
     # The encoder comes first: a missing weight file should not be found out after an hour of tiling.
@@ -169,6 +179,18 @@ def _start(settings: RunSettings, reporter: Reporter) -> Study:
     folder.write_failures([])
     reporter.event("run started", out=str(folder.root), slides=len(cohort.table))
     return study
+
+
+def _require_slides(cohort: Cohort) -> None:
+    labelled = cohort.labelled()
+    without = [] if "path" in labelled else list(labelled["slide_id"])
+    if "path" in labelled:
+        without = list(labelled.loc[labelled["path"].isna(), "slide_id"])
+    if without:
+        raise CohortError(
+            f"{cohort.source}: {len(without)} slides have no path (first: {without[0]}); distillation needs pixels.",
+            fix="Add a path column, or name the folder of the slides as cohort.slides_dir.",
+        )
 
 
 def _do(study: Study, stage: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lrmil.cohorts.table import load_cohort
-from lrmil.encoders.cards import find_card
+from lrmil.encoders import resolve_card
 from lrmil.errors import ConfigError
 from lrmil.files import write_text
 
@@ -60,7 +60,7 @@ def write_starter(cohort: Path, config: Path, *, encoder: str, task: str, out: s
     """
     if config.exists():
         raise ConfigError(f"{config} exists.", fix="Name another file with --config.")
-    card = find_card(encoder)
+    card = resolve_card(encoder)
     found = load_cohort(cohort, task=task)
     patch_px = 256 if 256 % card.token_px == 0 and (256 // card.token_px) % 4 == 0 else card.input_px
     text = TEMPLATE.format(
@@ -73,4 +73,4 @@ def write_starter(cohort: Path, config: Path, *, encoder: str, task: str, out: s
         encoder=card.name,
     )
     write_text(config, text)
-    return [*found.summary(), f"encoder {card.name}: licence {card.licence}{', gated' if card.gated else ''}"]
+    return [found.summary(), f"encoder {card.name}: licence {card.licence}{', gated' if card.gated else ''}"]

@@ -32,13 +32,14 @@ def student_outputs(
     s = run.settings
     # The same seed as the heads trained on labels alone: with all lambdas 0 the student is that head, bit for bit.
     seed = derive_seed(s.seed, split.name, "head")
-    key = fingerprint(
-        "student", student.describe(), teacher_encoder.describe(), s.grid, s.tissue, s.tiles, s.teacher, s.student, seed,
-        split.learned_from, s.cohort.task,
-    )  # fmt: skip
+    encoders = (student.describe(), teacher_encoder.describe())
+    looked_at = (s.grid, s.tissue, s.tiles, split.learned_from, s.cohort.task)
+    key = fingerprint("student", *encoders, *looked_at, s.teacher, s.student, seed)
 
     def train(train_bags: Sequence[SlideBag], val_bags: Sequence[SlideBag], on_epoch: OnEpoch) -> TrainedHead:
-        signals = {b.slide_id: _signal(lr_bags[b.slide_id], hr_bags[b.slide_id], teacher, b.slide_id) for b in train_bags}
+        signals = {
+            b.slide_id: _signal(lr_bags[b.slide_id], hr_bags[b.slide_id], teacher, b.slide_id) for b in train_bags
+        }
         return train_student(
             train_bags,
             val_bags,

@@ -41,7 +41,9 @@ def label_head_outputs(
     """
     s = run.settings
     seed = derive_seed(s.seed, split.name, "head")
-    key = fingerprint(name, encoder.describe(), s.grid, s.tissue, s.tiles, s.teacher, seed, split.learned_from, s.cohort.task)
+    key = fingerprint(
+        name, encoder.describe(), s.grid, s.tissue, s.tiles, s.teacher, seed, split.learned_from, s.cohort.task
+    )
 
     def train(train_bags: Sequence[SlideBag], val_bags: Sequence[SlideBag], on_epoch: OnEpoch) -> TrainedHead:
         return train_teacher(

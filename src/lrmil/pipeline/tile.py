@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from lrmil.errors import LrmilError
-from lrmil.inference.images import save_image
 from lrmil.files import atomic_path
 from lrmil.geometry import MatchedGrid, SlideScale
+from lrmil.inference.images import save_image
 from lrmil.inference.prepare import prepare_slide
 from lrmil.pipeline.context import Run, SlideEntry
 from lrmil.settings import fingerprint
@@ -48,8 +48,9 @@ def tile_cohort(run: Run) -> dict[str, MatchedGrid]:
 
 def save_grid(grid: MatchedGrid, path: Path, key: str) -> None:
     """Write a grid as .npz, atomically."""
-    arrays = {f.name: getattr(grid, f.name) for f in fields(grid) if f.name != "scale"}
-    meta = json.dumps({"key": key, "scale": {f.name: getattr(grid.scale, f.name) for f in fields(grid.scale)}})
+    arrays = {f.name: getattr(grid, f.name) for f in fields(grid) if f.name not in ("scale", "dimensions_l0")}
+    scale = {f.name: getattr(grid.scale, f.name) for f in fields(grid.scale)}
+    meta = json.dumps({"key": key, "scale": scale, "dimensions_l0": grid.dimensions_l0})
     with atomic_path(path) as scratch, scratch.open("wb") as handle:
         np.savez(handle, allow_pickle=False, meta=np.array(meta), **arrays)
 
@@ -62,7 +63,8 @@ def load_grid(path: Path, key: str | None = None) -> MatchedGrid | None:
             if key is not None and meta["key"] != key:
                 return None
             arrays = {name: stored[name] for name in stored.files if name != "meta"}
-        return MatchedGrid(scale=SlideScale(**meta["scale"]), **arrays)
+        width_l0, height_l0 = meta["dimensions_l0"]
+        return MatchedGrid(scale=SlideScale(**meta["scale"]), dimensions_l0=(width_l0, height_l0), **arrays)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
 

@@ -9,7 +9,6 @@ own blurred edge, where the same tests hold less strictly.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import cv2
@@ -51,24 +50,16 @@ def _black(red: Float32Array, green: Float32Array, blue: Float32Array, core: boo
     mean = (red + green + blue) / 3
     if core:
         return (mean > 0.65) & (red < 1.4 * green) & (blue > 0.72 * green) & (blue < 1.05 * green)
-    return (mean > 0.35) & (red < 1.4 * green) & (blue > 0.68 * green) & (blue < 1.15 * green)
+    return (mean > 0.15) & (red < 1.4 * green) & (blue > 0.68 * green) & (blue < 1.15 * green)
 
 
 _TESTS: Mapping[str, _Test] = {"blue_green": _blue_green, "red": _red, "black": _black}
 
 
-def _disk(diameter_px: float) -> np.ndarray:
-    side = max(1, 2 * math.floor(diameter_px / 2) + 1)
-    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
-
-
 def _open(mask: BoolArray, diameter_px: float) -> BoolArray:
-    """Keep what a disk of that diameter fits into; the image continues beyond its edges."""
-    kernel = _disk(diameter_px)
-    padded = cv2.copyMakeBorder(mask.astype(np.uint8), *(kernel.shape[0],) * 4, cv2.BORDER_REPLICATE)
-    opened = cv2.morphologyEx(padded, cv2.MORPH_OPEN, kernel)
-    pad = kernel.shape[0]
-    return opened[pad:-pad, pad:-pad].astype(bool)
+    """Keep what a disk of that diameter fits into; the image is taken to go on beyond its edges."""
+    middle = _distance_to(~mask) > diameter_px / 2
+    return mask & _dilate(middle, diameter_px / 2)
 
 
 def _dilate(mask: BoolArray, radius_px: float) -> BoolArray:
@@ -85,7 +76,8 @@ def _grow(core: BoolArray, edge: BoolArray, reach_px: float) -> BoolArray:
 
 
 def _distance_to(mask: BoolArray) -> Float32Array:
-    """Distance of each pixel to the nearest True one, in pixels."""
-    return np.asarray(
-        cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE), dtype=np.float32
-    )
+    """Distance of each pixel to the nearest True one, in pixels; infinite where there is none."""
+    if not mask.any():
+        return np.full(mask.shape, np.inf, dtype=np.float32)
+    distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return np.asarray(distance, dtype=np.float32)

@@ -9,7 +9,7 @@ from lrmil.slides import Overview, Slide
 from lrmil.tissue.mask import BoolArray, TissueMask
 from lrmil.tissue.pens import pen_marks
 from lrmil.tissue.settings import TissueSettings
-from lrmil.tissue.stain import glass_colour, optical_density, stain_amount, stain_threshold
+from lrmil.tissue.stain import glass_colour, optical_density, smoothed, stain_amount, stain_threshold
 
 # In a view so small that the whole of it is hardly a piece of tissue, this share of it is one.
 _PIECE_OF_SMALL_VIEW = 0.1
@@ -37,10 +37,9 @@ def segment_tissue(overview: Overview, settings: TissueSettings | None = None) -
     """
     settings = settings or TissueSettings()
     scanned, mpp = overview.scanned, overview.mpp
-    glass = glass_colour(overview.rgb, scanned)
-    # Fill colours of vendors, black as well as white, must not bleed into the rim of the tissue.
-    rgb = np.where(scanned[..., None], overview.rgb, np.asarray(glass).round().astype(np.uint8))
-    density = optical_density(rgb, glass, settings.smooth_um / mpp)
+    rgb = smoothed(overview.rgb, scanned, settings.smooth_um / mpp)
+    glass = glass_colour(rgb, scanned)
+    density = optical_density(rgb, glass)
     amount = stain_amount(density)
     threshold = stain_threshold(amount[scanned], settings.min_stain, settings.max_stain)
     pen = pen_marks(density, mpp, settings) & scanned

@@ -18,8 +18,8 @@ GlassColour = tuple[float, float, float]
 
 # A slide without any glass in view is measured against this, a common white of scanners.
 _USUAL_GLASS = (245.0, 245.0, 245.0)
-# Glass is bright, nearly grey, and not a mere handful of pixels.
-_GLASS_MIN, _GLASS_CAST, _GLASS_SHARE, _GLASS_TINT = 200, 20, 0.005, 6.0
+# Glass is bright, nearly grey, not pink (green the darkest by far), and not a mere handful of pixels.
+_GLASS_MIN, _GLASS_CAST, _GLASS_PINK, _GLASS_SHARE, _GLASS_TINT = 200, 20, 7, 0.05, 6.0
 _GLASS_SAMPLE = 1_000_000
 # Spread of the densities over their mean: shadows stay below 0.1, the greyest counterstain of IHC above 0.2.
 _LEAST_COLOUR = 0.15
@@ -33,7 +33,7 @@ def glass_colour(rgb: RgbArray, scanned: BoolArray) -> GlassColour:
     tint still differs from it.
 
     Args:
-        rgb: (h, w, 3).
+        rgb: (h, w, 3), smoothed, so that noise does not make glass of pale tissue.
         scanned: (h, w), pixels that were never scanned say nothing about the glass.
     """
     pixels = rgb[scanned]
@@ -41,7 +41,8 @@ def glass_colour(rgb: RgbArray, scanned: BoolArray) -> GlassColour:
     red, green, blue = pixels.T
     low = np.minimum(np.minimum(red, green), blue)
     high = np.maximum(np.maximum(red, green), blue)
-    glassy = pixels[(low >= _GLASS_MIN) & (high - low <= _GLASS_CAST)]
+    pink = np.minimum(red, blue) - green
+    glassy = pixels[(low >= _GLASS_MIN) & (high - low <= _GLASS_CAST) & (pink <= _GLASS_PINK)]
     if len(glassy) == 0 or len(glassy) < _GLASS_SHARE * len(pixels):
         return _USUAL_GLASS
     brightness = glassy.sum(axis=1, dtype=np.int32)
@@ -50,13 +51,20 @@ def glass_colour(rgb: RgbArray, scanned: BoolArray) -> GlassColour:
     return red, green, blue
 
 
-def optical_density(rgb: RgbArray, glass_rgb: GlassColour, sigma_px: float) -> Float32Array:
-    """Return optical density (3, h, w), planes red, green, blue, after a Gaussian of `sigma_px` pixels.
+def smoothed(rgb: RgbArray, scanned: BoolArray, sigma_px: float) -> RgbArray:
+    """Return (h, w, 3) after a Gaussian of `sigma_px` pixels, with blank glass where nothing was scanned.
 
-    It is 0 for glass and anything brighter.
+    The fill colours of vendors, black as well as white, would bleed into the rim of the tissue.
     """
+    if not scanned.all():
+        rgb = np.where(scanned[..., None], rgb, np.uint8(_USUAL_GLASS[0]))
     if sigma_px > 0.2:  # below that the kernel is a single pixel
         rgb = np.asarray(cv2.GaussianBlur(rgb, (0, 0), sigma_px, borderType=cv2.BORDER_REFLECT_101), dtype=np.uint8)
+    return rgb
+
+
+def optical_density(rgb: RgbArray, glass_rgb: GlassColour) -> Float32Array:
+    """Return optical density (3, h, w), planes red, green, blue, of (h, w, 3); 0 for glass and anything brighter."""
     light = np.arange(256, dtype=np.float64) + 1.0  # one grey level more, so that black has a density
     planes = []
     for channel, glass in enumerate(glass_rgb):

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lrmil.errors import LrmilError
+from lrmil.errors import TrainingError
 from lrmil.geometry import IntArray
 from lrmil.settings import Settings
 
@@ -34,10 +34,6 @@ OnStep = Callable[[int, int], None]
 Batch = TypeVar("Batch")
 
 _CHECK_EVERY = 16  # steps; looking at a loss waits for the GPU
-
-
-class TrainingError(LrmilError):
-    """Training cannot start, or has diverged."""
 
 
 class LoopSettings(Settings):

@@ -23,9 +23,9 @@ from lrmil.distill import (
     patch_distillation_loss,
     resolve_layers,
 )
-from lrmil.errors import ConfigError
+from lrmil.errors import ConfigError, TrainingError
 from lrmil.geometry import IntArray, check_token_grid
-from lrmil.training.loop import FitResult, LoopSettings, OnEpoch, OnStep, TrainingError, Validation, fit, run_epoch
+from lrmil.training.loop import FitResult, LoopSettings, OnEpoch, OnStep, Validation, fit, run_epoch
 
 if TYPE_CHECKING:
     from lrmil.encoders import Encoder
