@@ -139,7 +139,7 @@ class SimulatedSettings(Settings):
         2, ge=2, le=MAX_CLASSES, description="number of labels; label 0 has no positive area, others a pattern each"
     )
     sites: int = Field(3, ge=1, le=50, description="number of sites, each with its own stain and scanner")
-    slide_px: int = Field(2304, ge=512, le=20_000, description="side of a slide at level 0, in pixels")
+    slide_px: int = Field(2048, ge=512, le=20_000, description="side of a slide at level 0, in pixels")
     mpp: float = Field(0.5, ge=0.2, le=1.0, description="um per level-0 pixel: 0.5 is called 20x, 0.25 is called 40x")
     target: Literal["class", "share", "survival"] = Field(
         "class",
@@ -166,7 +166,7 @@ class SimulatedSettings(Settings):
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "test": {"slides": 6, "patients": 4, "sites": 2, "slide_px": 1024},
-    "demo": {"slides": 48, "patients": 36, "sites": 3, "slide_px": 2304},
+    "demo": {"slides": 48, "patients": 36, "sites": 3, "slide_px": 2048},
     "study": {
         "slides": 160,
         "patients": 120,
