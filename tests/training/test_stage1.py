@@ -14,8 +14,7 @@ from torch import nn
 
 from lrmil.distill import Stage1LossSettings, patch_distillation_loss
 from lrmil.encoders import create_encoder
-from lrmil.errors import ConfigError, GridMismatch
-from lrmil.errors import TrainingError
+from lrmil.errors import ConfigError, GridMismatch, TrainingError
 from lrmil.training.stage1 import RegionBatch, Stage1Settings, _Step, distil_encoder, slot_permutations, transformed
 
 RATIO, SIDE_PX, TOKEN_PX, WIDTH = 2, 32, 8, 16

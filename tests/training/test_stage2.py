@@ -12,9 +12,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from lrmil.distill import Stage2LossSettings
-from lrmil.errors import ConfigError, CorruptBag, HeadError
+from lrmil.errors import ConfigError, CorruptBag, HeadError, TrainingError
 from lrmil.mil import HeadCard, HeadOutput, HeadSettings, MILHead, create_head, register_head, registry
-from lrmil.errors import TrainingError
 from lrmil.training.stage2 import (
     BagPrediction,
     SlideBag,
