@@ -118,6 +118,34 @@ def read_bag(
             raise CorruptBag(f"{path}: {error.message}", fix="Delete it and encode the slide again.") from error
 
 
+def map_rows(path: str | Path, names: Iterable[str]) -> dict[str, npt.NDArray[Any]]:
+    """Map datasets of a feature file into memory, read-only: rows in any order cost no more than the rows themselves.
+
+    For training on more than memory holds. Possible because datasets are contiguous; values were checked when written.
+
+    Args:
+        path: file written by `write_bag`.
+        names: datasets, like "features", "region" or "layer_cls/11".
+
+    Raises:
+        BagError: there is no such file or dataset, or it is not contiguous.
+    """
+    path = Path(path)
+    found: dict[str, npt.NDArray[Any]] = {}
+    with open_for_reading(path) as handle:
+        _about(path, handle)
+        for name in names:
+            dataset = find_dataset(handle, name)
+            offset = dataset.id.get_offset()
+            if dataset.size and offset is None:
+                raise BagError(f"{path}: {name} is not stored in one piece.", fix="Encode the slide again.")
+            if dataset.size:
+                found[name] = np.memmap(path, dataset.dtype, "r", offset=offset, shape=dataset.shape)
+            else:
+                found[name] = np.empty(dataset.shape, dataset.dtype)
+    return found
+
+
 def bag_is_current(path: str | Path, expected: Mapping[str, Any]) -> bool:
     """Say whether `path` is a whole feature file whose provenance holds everything in `expected`. Reads no features.
 

@@ -85,7 +85,9 @@ class RunSettings(Settings):
     seed: int = Field(0, description="seed of all training")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     threads: int = Field(2, ge=1, description="reader threads")
-    memory_gb: float = Field(4.0, gt=0, description="stage 1 keeps pixels and targets in memory up to this size")
+    memory_gb: float = Field(
+        4.0, gt=0, description="pixels of regions are kept in memory up to this size, beyond it in files"
+    )
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunSettings:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lrmil.bags import bag_is_current, read_bag, write_bag
+from lrmil.bags import bag_is_current, write_bag
 from lrmil.distill import resolve_layers
 from lrmil.encoders import Encoder, load_encoder, save_encoder
 from lrmil.files import write_json
@@ -123,11 +123,8 @@ def _targets(
     if run.settings.targets == "on_the_fly":
         entry = next(e for e in run.entries() if e.slide_id == slide_id)
         return LiveTargets(entry, grids[slide_id], teacher, layers)
-    bag = read_bag(
-        run.folder.bag(features_name(teacher, run.settings.grid.hr_mpp, run.settings.encoder.random_seed), slide_id),
-        layers=layers,
-    )
-    return CachedTargets(bag, layers, attention)
+    name = features_name(teacher, run.settings.grid.hr_mpp, run.settings.encoder.random_seed)
+    return CachedTargets(run.folder.bag(name, slide_id), layers, attention)
 
 
 def _encode_fold(

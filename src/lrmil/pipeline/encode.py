@@ -9,7 +9,7 @@ import numpy as np
 
 from lrmil.bags import Bag, bag_is_current, write_bag
 from lrmil.encoders import Encoder, embed
-from lrmil.errors import EncoderError, LrmilError, SlideTooCoarse
+from lrmil.errors import EncoderError, LrmilError, NoTissue, SlideTooCoarse
 from lrmil.geometry import MatchedGrid
 from lrmil.inference.stream import child_reads, encode_patches
 from lrmil.pipeline.context import Run, SlideEntry
@@ -162,4 +162,10 @@ def _require_children(grid: MatchedGrid, slide_id: str, hr_mpp: float) -> None:
             f"its pixels are {grid.scale.mpp_l0:.4g} um wide, coarser than hr_mpp = {hr_mpp:g}: it cannot train.",
             slide=slide_id,
             fix="It can still be predicted on. Leave it out, or choose a larger hr_mpp.",
+        )
+    if grid.num_children == 0:
+        raise NoTissue(
+            f"none of its {grid.num_regions} regions has a child with enough tissue: it cannot train.",
+            slide=slide_id,
+            fix="Leave it out, or lower tiles.min_child_tissue.",
         )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from lrmil.bags import Bag
+from lrmil.bags import map_rows
 from lrmil.encoders import Encoder
-from lrmil.errors import ConfigError
+from lrmil.errors import BagError, ConfigError
 from lrmil.geometry import IntArray, MatchedGrid
 from lrmil.inference.stream import child_reads, encode_patches
 from lrmil.pipeline.context import SlideEntry
@@ -48,17 +49,17 @@ class TargetSource(Protocol):
 
 
 class CachedTargets:
-    """Targets from a bag that keeps the CLS of the distilled layers."""
+    """Targets from a feature file that keeps the CLS of the distilled layers; mapped, so that a cohort need not fit."""
 
-    def __init__(self, bag: Bag, layers: Sequence[int], attention: npt.NDArray[np.floating] | None = None) -> None:
-        assert bag.region is not None
-        assert bag.slot is not None
-        # Children come by region, unless some were read one by one after an error; a stable sort puts them back.
-        order = np.argsort(bag.region, kind="stable")
-        self._region, self._slot = bag.region[order], bag.slot[order]
-        self._cls = {layer: bag.layer_cls[layer][order] for layer in layers}
-        self._embedding = None if attention is None else bag.features[order]
-        self._attention = None if attention is None else attention[order]
+    def __init__(self, path: Path, layers: Sequence[int], attention: npt.NDArray[np.floating] | None = None) -> None:
+        names = {layer: f"layer_cls/{layer}" for layer in layers}
+        stored = map_rows(path, ["region", "slot", "features", *names.values()])
+        self._region, self._slot = np.asarray(stored["region"]), np.asarray(stored["slot"])
+        if (np.diff(self._region) < 0).any():
+            raise BagError(f"{path}: children are not in the order of their regions.", fix="Encode the slide again.")
+        self._cls = {layer: stored[name] for layer, name in names.items()}
+        self._embedding = None if attention is None else stored["features"]
+        self._attention = attention
 
     def rows_with_children(self) -> IntArray:
         """See `TargetSource`."""

@@ -75,7 +75,7 @@ class Study:
     @cached_property
     def pixels(self) -> RegionPixels:
         """LR pixels of all slides."""
-        return RegionPixels(self.run, self.grids, self.run.settings.memory_gb * 2**30 / 2)
+        return RegionPixels(self.run, self.grids, self.run.settings.memory_gb * 2**30)
 
     @cached_property
     def hr_bags(self) -> dict[str, Bag]:
