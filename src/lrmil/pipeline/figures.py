@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ from lrmil.evaluation.plots import TrainingCurve, metric_against_seconds, roc_cu
 from lrmil.evaluation.report import Failure, KeyNumber, Picture, ReportData, SlideTime, write_report
 from lrmil.evaluation.slide_figures import side_by_side
 from lrmil.evaluation.summary import headline, standard_limits
-from lrmil.files import read_json
+from lrmil.files import atomic_path, read_json
 from lrmil.geometry import MatchedGrid
 from lrmil.pipeline.context import Run, SlideEntry, Split
 from lrmil.pipeline.deploy import licence_note
@@ -93,7 +94,7 @@ def write_run_report(
     command: str,
     simulated: bool = False,
 ) -> Path:
-    """Write report.html."""
+    """Write report.html, and its pictures once more into figures/."""
     s = run.settings
     patients = len({run.cohort.patient_of(x) for fold in folds for x in fold.test})
     failed = len(run.failures)
@@ -122,6 +123,10 @@ def write_run_report(
         failures=tuple(Failure(f.slide_id, f.stage, f.message) for f in run.failures),
     )
     write_report(run.folder.report, data)
+    for picture in (*data.heatmaps, *data.curves):
+        name = re.sub(r"[^a-z0-9]+", "_", picture.title.lower()).strip("_")
+        with atomic_path(run.folder.figures / f"{name}.png") as scratch:
+            scratch.write_bytes(picture.image)
     return Path(run.folder.report)
 
 

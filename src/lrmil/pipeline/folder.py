@@ -44,6 +44,7 @@ class RunFolder:
     log = property(lambda self: self.root / "log.jsonl")
     tables = property(lambda self: self.root / "tables")
     report = property(lambda self: self.root / "report.html")
+    figures = property(lambda self: self.root / "figures")
     model = property(lambda self: self.root / "model")
 
     def tiles(self, slide_id: str) -> Path:
