@@ -131,11 +131,12 @@ def _encode_fold(
     run: Run, split: Split, grids: Mapping[str, MatchedGrid], pixels: RegionPixels, student: Encoder
 ) -> None:
     entries = [e for e in run.entries() if e.slide_id in grids]
+    described = student.describe()
     with run.reporter.task(f"5x features, {split.title}", len(entries)) as progress:
         for entry in entries:
             grid = grids[entry.slide_id]
             path = fold_bag(run, split, entry.slide_id)
-            provenance = bag_provenance(run, entry, student, grid.scale.lr_mpp, ())
+            provenance = bag_provenance(run, entry, described, grid.scale.lr_mpp, ())
             if not bag_is_current(path, provenance):
                 write_bag(path, region_bag(run, entry, grid, student, pixels, provenance))
             progress.advance(note=entry.slide_id)

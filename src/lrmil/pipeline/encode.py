@@ -25,6 +25,7 @@ def encode_children(run: Run, grids: Mapping[str, MatchedGrid], encoder: Encoder
     """
     name = features_name(encoder, run.settings.grid.hr_mpp, run.settings.encoder.random_seed)
     entries = [e for e in run.entries() if e.slide_id in grids]
+    described = encoder.describe()
     total = sum(grids[e.slide_id].num_children for e in entries)
     with (
         run.reporter.stage("encode", f"Encoding {total} patches at {run.settings.grid.hr_mpp:g} um/px with {name}"),
@@ -33,7 +34,7 @@ def encode_children(run: Run, grids: Mapping[str, MatchedGrid], encoder: Encoder
         for entry in entries:
             grid = grids[entry.slide_id]
             path = run.folder.bag(name, entry.slide_id)
-            provenance = bag_provenance(run, entry, encoder, grid.scale.hr_mpp, layers)
+            provenance = bag_provenance(run, entry, described, grid.scale.hr_mpp, layers)
             if not bag_is_current(path, provenance):
                 try:
                     _require_children(grid, entry.slide_id, run.settings.grid.hr_mpp)
@@ -52,12 +53,13 @@ def encode_regions(
 ) -> None:
     """Encode every slide's regions at low resolution into features/`name`/, from pixels that are read only once."""
     entries = [e for e in run.entries() if e.slide_id in grids]
+    described = encoder.describe()
     total = sum(grids[e.slide_id].num_regions for e in entries)
     with run.reporter.stage("encode", title), run.reporter.task("encode", total) as progress:
         for entry in entries:
             grid = grids[entry.slide_id]
             path = run.folder.bag(name, entry.slide_id)
-            provenance = bag_provenance(run, entry, encoder, grid.scale.lr_mpp, ())
+            provenance = bag_provenance(run, entry, described, grid.scale.lr_mpp, ())
             if not bag_is_current(path, provenance):
                 try:
                     write_bag(path, region_bag(run, entry, grid, encoder, pixels, provenance))
@@ -104,11 +106,16 @@ def features_name(encoder: Encoder, mpp: float, random_seed: int | None = None) 
     return f"{name}_{mpp:g}mpp"
 
 
-def bag_provenance(run: Run, entry: SlideEntry, encoder: Encoder, mpp: float, layers: Sequence[int]) -> dict[str, Any]:
-    """Return what a feature file depends on; another provenance means that it must be made again."""
+def bag_provenance(
+    run: Run, entry: SlideEntry, described: dict[str, Any], mpp: float, layers: Sequence[int]
+) -> dict[str, Any]:
+    """Return what a feature file depends on; another provenance means that it must be made again.
+
+    `described` is `Encoder.describe()`, which hashes all weights and so is called once for many slides.
+    """
     return {
         "tiles": tile_key(run, entry),
-        "encoder": encoder.describe(),
+        "encoder": described,
         "mpp": mpp,
         "cls_layers": sorted(layers),
         "precision": run.settings.encoder.precision,
