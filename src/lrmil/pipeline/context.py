@@ -50,11 +50,6 @@ class Split:
         parts: dict[str, tuple[str, ...]] = {"train": self.train, "val": self.val, "test": self.test}
         return parts[part]
 
-    @property
-    def learned_from(self) -> dict[str, list[str]]:
-        """What a trained part of this fold depends on: its training and validation slides."""
-        return {"train": sorted(self.train), "val": sorted(self.val)}
-
 
 @dataclass
 class Run:

@@ -17,6 +17,7 @@ from lrmil.pipeline.encode import bag_provenance, features_name, region_bag
 from lrmil.pipeline.heads import Outputs
 from lrmil.pipeline.pixels import RegionPixels
 from lrmil.pipeline.regions import CachedTargets, CohortRegions, LiveTargets, TargetSource
+from lrmil.pipeline.tile import learned_from
 from lrmil.settings import fingerprint
 from lrmil.training.seeds import derive_seed
 from lrmil.training.stage1 import distil_encoder
@@ -93,17 +94,8 @@ def distil_fold(
 def stage1_key(run: Run, split: Split, teacher: Encoder) -> str:
     """Return what a fold's student encoder depends on."""
     s = run.settings
-    return fingerprint(
-        teacher.describe(),
-        s.encoder.student_embedding,
-        s.grid,
-        s.tissue,
-        s.tiles,
-        s.stage1,
-        s.seed,
-        split.name,
-        split.learned_from,
-    )
+    encoder = (teacher.describe(), s.encoder.student_embedding)
+    return fingerprint(*encoder, s.grid, s.stage1, s.seed, split.name, learned_from(run, split))
 
 
 def distilled_layers(run: Run, encoder: Encoder) -> tuple[int, ...]:

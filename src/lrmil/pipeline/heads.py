@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from lrmil.bags import Bag, read_bag
 from lrmil.files import atomic_path, read_json, write_json
 from lrmil.mil import MILHead, create_head
 from lrmil.pipeline.context import Run, Split
+from lrmil.pipeline.tile import learned_from
+from lrmil.settings import fingerprint
 from lrmil.training.loop import OnEpoch
 from lrmil.training.stage2 import BagPrediction, SlideBag, TrainedHead, predict_bags
 
@@ -38,9 +41,7 @@ def head_outputs(
                 progress.advance(note=f"epoch {record['epoch']}, val loss {record['val_loss']:.3f}")
 
             trained = train(slides["train"], slides["val"], on_epoch)
-        outputs = predict_bags(trained.head, [slide_bag(run, bag, s) for s, bag in bags.items()])
         store_head(trained.head, step)
-        _store_outputs(outputs, step / "outputs.npz")
         fit = trained.fit
         write_json(
             step / "history.json",
@@ -48,7 +49,21 @@ def head_outputs(
         )
         run.folder.mark_done(step, key, best_epoch=fit.best_epoch, val_auc=fit.best.auc, seconds=round(fit.seconds, 2))
         run.reporter.event("head trained", step=str(step), best_epoch=fit.best_epoch, val_auc=fit.best.auc)
-    return _load_outputs(step / "outputs.npz")
+    # Slides may change after the head was trained, test slides above all: what it says has a key of its own.
+    said_key = fingerprint(key, {slide: bag.provenance.get("tiles") for slide, bag in bags.items()})
+    path = step / "outputs.npz"
+    outputs = _load_outputs(path, said_key)
+    if outputs is None:
+        found = predict_bags(stored_head(step), [slide_bag(run, bag, s) for s, bag in bags.items()], device=run.device)
+        _store_outputs(found, path, said_key)
+        outputs = {o.slide_id: o for o in found}
+    return outputs
+
+
+def lesson(run: Run, split: Split) -> dict[str, Any]:
+    """Return what a head learns from in a fold: slides, how they were tiled, their labels, and the task."""
+    labels = {slide: run.cohort.label_of(slide) for slide in (*split.train, *split.val)}
+    return {"slides": learned_from(run, split), "labels": labels, "classes": list(run.cohort.classes)}
 
 
 def slide_bag(run: Run, bag: Bag, slide_id: str) -> SlideBag:
@@ -75,10 +90,11 @@ def stored_head(folder: Path) -> MILHead:
     return head.eval()
 
 
-def _store_outputs(outputs: Sequence[BagPrediction], path: Path) -> None:
+def _store_outputs(outputs: Sequence[BagPrediction], path: Path, key: str) -> None:
     attention = [o.attention_logits for o in outputs]
     known = [a for a in attention if a is not None]
     arrays = {
+        "key": np.array(key),
         "slides": np.array([o.slide_id for o in outputs]),
         "logits": np.stack([o.logits for o in outputs]),
         "probabilities": np.stack([o.probabilities for o in outputs]),
@@ -89,9 +105,15 @@ def _store_outputs(outputs: Sequence[BagPrediction], path: Path) -> None:
         np.savez(scratch, allow_pickle=False, **arrays)
 
 
-def _load_outputs(path: Path) -> Outputs:
-    with np.load(path, allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in stored.files}
+def _load_outputs(path: Path, key: str) -> Outputs | None:
+    """Read outputs; None if they are missing, damaged, or of another key."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            if str(stored["key"]) != key:
+                return None
+            arrays = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
     pieces = np.split(arrays["attention_logits"], np.cumsum(arrays["lengths"])[:-1])
     found: Outputs = {}
     for row, (slide, piece) in enumerate(zip(arrays["slides"], pieces, strict=True)):

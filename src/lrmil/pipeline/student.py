@@ -11,7 +11,7 @@ from lrmil.encoders import Encoder
 from lrmil.errors import BagError
 from lrmil.geometry import IntArray
 from lrmil.pipeline.context import Run, Split
-from lrmil.pipeline.heads import Outputs, head_outputs
+from lrmil.pipeline.heads import Outputs, head_outputs, lesson
 from lrmil.pipeline.teacher import label_head_outputs
 from lrmil.settings import fingerprint
 from lrmil.training.loop import OnEpoch
@@ -33,8 +33,7 @@ def student_outputs(
     # The same seed as the heads trained on labels alone: with all lambdas 0 the student is that head, bit for bit.
     seed = derive_seed(s.seed, split.name, "head")
     encoders = (student.describe(), teacher_encoder.describe())
-    looked_at = (s.grid, s.tissue, s.tiles, split.learned_from, s.cohort.task)
-    key = fingerprint("student", *encoders, *looked_at, s.teacher, s.student, seed)
+    key = fingerprint("student", *encoders, lesson(run, split), s.teacher, s.student, seed)
 
     def train(train_bags: Sequence[SlideBag], val_bags: Sequence[SlideBag], on_epoch: OnEpoch) -> TrainedHead:
         signals = {

@@ -8,7 +8,7 @@ from lrmil.bags import Bag
 from lrmil.encoders import Encoder
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.encode import features_name
-from lrmil.pipeline.heads import Outputs, head_outputs, read_bags
+from lrmil.pipeline.heads import Outputs, head_outputs, lesson, read_bags
 from lrmil.settings import fingerprint
 from lrmil.training.loop import OnEpoch
 from lrmil.training.seeds import derive_seed
@@ -41,9 +41,7 @@ def label_head_outputs(
     """
     s = run.settings
     seed = derive_seed(s.seed, split.name, "head")
-    key = fingerprint(
-        name, encoder.describe(), s.grid, s.tissue, s.tiles, s.teacher, seed, split.learned_from, s.cohort.task
-    )
+    key = fingerprint(name, encoder.describe(), lesson(run, split), s.teacher, seed)
 
     def train(train_bags: Sequence[SlideBag], val_bags: Sequence[SlideBag], on_epoch: OnEpoch) -> TrainedHead:
         return train_teacher(

@@ -15,7 +15,7 @@ from lrmil.files import atomic_path
 from lrmil.geometry import MatchedGrid, SlideScale
 from lrmil.inference.images import save_image
 from lrmil.inference.prepare import prepare_slide
-from lrmil.pipeline.context import Run, SlideEntry
+from lrmil.pipeline.context import Run, SlideEntry, Split
 from lrmil.settings import fingerprint
 from lrmil.tissue import overlay
 
@@ -73,6 +73,12 @@ def tile_key(run: Run, entry: SlideEntry) -> str:
     """Return what the tiling of a slide depends on."""
     s = run.settings
     return fingerprint(entry.identity(), s.grid, s.tissue, s.tiles)
+
+
+def learned_from(run: Run, split: Split) -> dict[str, list[tuple[str, str]]]:
+    """Return what anything trained on a fold depends on: its training and validation slides, and how each was tiled."""
+    keys = {e.slide_id: tile_key(run, e) for e in run.entries()}
+    return {part: [(slide, keys[slide]) for slide in sorted(split.of(part))] for part in ("train", "val")}
 
 
 def _tile_slide(run: Run, entry: SlideEntry) -> MatchedGrid:
