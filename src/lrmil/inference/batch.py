@@ -5,13 +5,28 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lrmil.errors import SlideError
+from lrmil.errors import EncoderError, HeadError, OutputError, SlideError
 from lrmil.files import write_text
-from lrmil.inference.heatmap import draw_attention
-from lrmil.inference.images import save_image
 from lrmil.inference.predict import Prediction, load_bundle
+
+ANSWERS_FILE, FAILURES_FILE = "predictions.csv", "failures.csv"
+_PER_SLIDE = ("prediction.json", "attention.png", "attention_figure.png")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A slide that could not be answered, and why."""
+
+    path: str
+    error: SlideError | EncoderError | HeadError
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `lrmil predict --json` prints for it."""
+        return {"path": self.path, "error": type(self.error).__name__, "message": str(self.error)}
 
 
 def predict_many(
@@ -21,67 +36,94 @@ def predict_many(
     *,
     mpp: float | None = None,
     device: str = "auto",
-    batch_size: int = 64,
+    batch_size: int | None = None,
     threads: int = 2,
     heatmap: bool = True,
-    on_result: Callable[[Prediction | SlideError], None] | None = None,
-) -> list[SlideError]:
-    """Answer `slides` and write `out`/<slide>/prediction.json, attention.png, and predictions.csv; return the failures.
+    on_result: Callable[[Prediction | Failure], None] | None = None,
+) -> list[Failure]:
+    """Answer `slides`; write `out`/<slide>/prediction.json and pictures, predictions.csv and failures.csv.
 
-    Slides of the same file name get numbered folders, so that no answer overwrites another. `on_result` is called after
-    each slide.
+    What an earlier call left of these files is removed first, so that every answer found there is one of this call.
+    Slides of the same file name get numbered folders, which do not depend on what fails.
+
+    Args:
+        slides: files.
+        model: bundle folder.
+        out: made where missing.
+        mpp: um per level-0 pixel of all slides, where the files do not say it.
+        device: see `load_bundle`.
+        batch_size: see `Bundle.predict`.
+        threads: reader threads.
+        heatmap: write attention.png (lies exactly over the slide) and attention_figure.png (with slide and scales).
+        on_result: called after each slide.
+
+    Returns:
+        the failures, in the order of `slides`.
+
+    Raises:
+        BundleError: the model cannot be loaded.
+        OutputError: an answer cannot be written.
     """
     bundle = load_bundle(model, device=device)
     out = Path(out)
-    answers: list[Prediction] = []
-    failures: list[tuple[str, SlideError]] = []
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: is no folder.", fix="Choose another output folder.")
+    folders = [out / name for name in folder_names(slides)]
+    for stale in [out / ANSWERS_FILE, out / FAILURES_FILE, *(f / name for f in folders for name in _PER_SLIDE)]:
+        stale.unlink(missing_ok=True)
+
+    chances = [f"p_{name}" for name in bundle.manifest.classes]
+    rows = [["slide", "predicted", *chances, "regions", "unreadable", "seconds", "folder", "path"]]
+    failures: list[Failure] = []
+    for path, folder in zip(slides, folders, strict=True):
+        result: Prediction | Failure
+        try:
+            result = bundle.predict(path, mpp=mpp, batch_size=batch_size, threads=threads, picture=heatmap)
+        except (SlideError, EncoderError, HeadError) as error:
+            result = Failure(str(path), error)
+            failures.append(result)
+            _write_csv(
+                out / FAILURES_FILE, [["path", "error", "message"], *(list(f.as_json().values()) for f in failures)]
+            )
+        else:
+            result.write(folder / "prediction.json")
+            if heatmap and result.attention is not None:
+                _draw(result, folder)
+            rows.append(_row(result, folder.name))
+            _write_csv(out / ANSWERS_FILE, rows)
+        if on_result:
+            on_result(result)
+    return failures
+
+
+def folder_names(slides: Sequence[str | Path]) -> list[str]:
+    """Return a folder name for each slide: its file's, numbered from the second of that name on (case ignored)."""
+    names: list[str] = []
     taken: set[str] = set()
     for path in slides:
-        try:
-            answer = bundle.predict(path, mpp=mpp, batch_size=batch_size, threads=threads)
-        except SlideError as error:
-            failures.append((str(path), error))
-            _write_failures(out, failures)
-            if on_result:
-                on_result(error)
-            continue
-        name, number = answer.slide, 2
-        while name in taken:
-            name, number = f"{answer.slide}-{number}", number + 1
-        taken.add(name)
-        answer.write(out / name / "prediction.json")
-        if heatmap and answer.attention is not None:
-            save_image(out / name / "attention.png", draw_attention(answer))
-        answers.append(answer)
-        _write_answers(out, answers)
-        if on_result:
-            on_result(answer)
-    if not failures:
-        (out / "failures.csv").unlink(missing_ok=True)
-    return [error for _, error in failures]
+        stem = Path(path).stem
+        name, number = stem, 2
+        while name.casefold() in taken:
+            name, number = f"{stem}-{number}", number + 1
+        taken.add(name.casefold())
+        names.append(name)
+    return names
 
 
-def _write_answers(out: Path, answers: Sequence[Prediction]) -> None:
-    classes = list(answers[0].probabilities)
-    rows = [["slide", "predicted", *(f"p_{c}" for c in classes), "regions", "unreadable", "seconds", "path"]]
-    rows += [
-        [
-            a.slide,
-            a.predicted,
-            *(f"{p:.6f}" for p in a.probabilities.values()),
-            str(a.patches_encoded),
-            str(a.unreadable),
-            f"{a.seconds.total:.3f}",
-            a.path,
-        ]
-        for a in answers
-    ]
-    _write_csv(out / "predictions.csv", rows)
+def _draw(answer: Prediction, folder: Path) -> None:
+    # matplotlib is imported when there is something to draw: a call with --no-heatmap starts without it.
+    from lrmil.evaluation.plots import save_figure
+    from lrmil.inference.heatmap import attention_figure, draw_attention
+    from lrmil.inference.images import save_image
+
+    save_image(folder / "attention.png", draw_attention(answer))
+    save_figure(folder / "attention_figure.png", attention_figure(answer))
 
 
-def _write_failures(out: Path, failures: Sequence[tuple[str, SlideError]]) -> None:
-    rows = [["path", "error", "message"]]
-    _write_csv(out / "failures.csv", rows + [[path, type(error).__name__, str(error)] for path, error in failures])
+def _row(answer: Prediction, folder: str) -> list[str]:
+    probabilities = [f"{p:.6f}" for p in answer.probabilities.values()]
+    counts = [str(answer.num_regions), str(answer.unreadable), f"{answer.seconds.total:.3f}"]
+    return [answer.slide, answer.predicted, *probabilities, *counts, folder, answer.path]
 
 
 def _write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:

@@ -1,35 +1,40 @@
 """The bundle: everything that answers a slide, in one folder of JSON and safetensors.
 
     model/
-      bundle.json             what it is, how to prepare a slide, labels, licence, metrics, checksums of the other files
+      bundle.json             what it is, how to prepare a slide, labels, licence, metrics, checksums
       encoder.safetensors     the student encoder, looks at LR regions
       encoder.json            its architecture and preprocessing
       head.safetensors        the student head
-      README.md               the same for people
+      README.md               the same for people; the only file that may be edited
 
-Nothing in it is code and nothing is unpickled. Loading needs neither the training rooms nor the HR encoder.
+Nothing in it is code and nothing is unpickled. Loading needs neither the training rooms nor the HR encoder. Checksums
+tell a bundle that was damaged or edited, bundle.json included, from the one that was written; they are no signature.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lrmil._version import __version__
 from lrmil.encoders import Encoder, load_encoder, save_encoder
-from lrmil.errors import BundleAltered, BundleError
+from lrmil.errors import BundleAltered, BundleError, HeadError
 from lrmil.files import atomic_path, read_json, sha256, write_json, write_text
 from lrmil.geometry import GridSettings
 from lrmil.inference.prepare import TileSettings
 from lrmil.mil import MILHead, create_head
-from lrmil.settings import Settings
+from lrmil.settings import Settings, fingerprint
 from lrmil.tissue import TissueSettings
 
 FORMAT: Literal["lrmil-bundle/1"] = "lrmil-bundle/1"
+MANIFEST_FILE = "bundle.json"
+HEAD_FILE = "head.safetensors"
+CHECKED_FILES = ("encoder.json", "encoder.safetensors", HEAD_FILE)
 
 
 class HeadSpec(Settings):
@@ -75,68 +80,105 @@ class BundleManifest(Settings):
     """the config of the run"""
     software: dict[str, str]
     files: dict[str, str] = Field(default_factory=dict)
-    """SHA-256 of every other file"""
+    """SHA-256 of each of `CHECKED_FILES`; filled when the bundle is written"""
+    checksum: str = ""
+    """fingerprint of all other fields of this file as they are in it, and so the identity of the model"""
 
 
 def save_bundle(folder: Path, manifest: BundleManifest, encoder: Encoder, head: MILHead) -> BundleManifest:
-    """Write a bundle; return its manifest with the checksums. bundle.json comes last, so a half-written one is none."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bundle.json").unlink(missing_ok=True)
+    """Write a bundle; return its manifest with the checksums. bundle.json comes last, so a half-written one is none.
+
+    Raises:
+        BundleError: manifest, encoder and head do not belong together.
+        OutputError: the folder cannot be written.
+    """
+    _check_fit(folder, manifest, encoder, head)
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
     save_encoder(encoder, folder)
-    with atomic_path(folder / "head.safetensors") as scratch:
+    with atomic_path(folder / HEAD_FILE) as scratch:
         save_file({k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}, scratch)
     write_text(folder / "README.md", _model_card(manifest))
-    files = {name: sha256(folder / name) for name in ("encoder.safetensors", "encoder.json", "head.safetensors")}
-    manifest = manifest.model_copy(update={"files": files})
-    write_json(folder / "bundle.json", manifest.model_dump(mode="json"))
-    return manifest
+    manifest = manifest.model_copy(update={"files": {name: sha256(folder / name) for name in CHECKED_FILES}})
+    # As JSON reads it back: numbers that are not finite become null.
+    content = json.loads(manifest.model_dump_json(exclude={"checksum"}))
+    checksum = fingerprint(content)
+    write_json(folder / MANIFEST_FILE, content | {"checksum": checksum})
+    return manifest.model_copy(update={"checksum": checksum})
 
 
 def read_manifest(folder: Path) -> BundleManifest:
-    """Read and check bundle.json and the checksums of the files it names.
+    """Read and check bundle.json and the checksums of all files.
 
     Raises:
         BundleError: no bundle there, or one of another format.
         BundleAltered: a file is missing or is not the one that was written.
     """
-    path = folder / "bundle.json"
+    path = folder / MANIFEST_FILE
     if not path.is_file():
         raise BundleError(
-            f"{folder}: no bundle.json there.", fix="Give the folder that `lrmil run` wrote as model/, or a copy of it."
+            f"{folder}: no {MANIFEST_FILE} there.",
+            fix="Give the folder that `lrmil run` wrote as model/, or a copy of it.",
         )
     try:
-        raw = read_json(path)
-        if raw.get("format") != FORMAT:
+        content = read_json(path)
+        if content.get("format") != FORMAT:
             raise BundleError(
-                f"{folder}: format {raw.get('format')!r}; this version of lrmil reads {FORMAT!r}.",
+                f"{folder}: format {content.get('format')!r}; this version of lrmil reads {FORMAT!r}.",
                 fix="Load it with the lrmil version that wrote it.",
             )
-        manifest = BundleManifest.model_validate(raw)
-    except (ValueError, ValidationError, AttributeError) as error:
+        # Over the file as it is, not over the model: a later version may add fields with defaults.
+        intact = fingerprint({k: v for k, v in content.items() if k != "checksum"}) == content.get("checksum")
+        if not intact:
+            raise _altered(folder, MANIFEST_FILE)
+        manifest = BundleManifest.model_validate(content)
+    except (ValueError, AttributeError) as error:
         raise BundleError(f"{path}: not a valid bundle description: {error}", fix="Copy the bundle again.") from error
-    for name, expected in manifest.files.items():
-        file = folder / name
-        if Path(name).name != name or not file.is_file():
+    if set(manifest.files) != set(CHECKED_FILES):
+        raise BundleError(
+            f"{path}: it lists other files than {', '.join(CHECKED_FILES)}.", fix="Copy the bundle again."
+        )
+    for name in CHECKED_FILES:
+        if not (folder / name).is_file():
             raise BundleAltered(f"{folder}: {name} is missing.", fix="Copy the whole folder again.")
-        if sha256(file) != expected:
-            raise BundleAltered(
-                f"{folder}: {name} is not the file that was written (checksum differs).",
-                fix="Copy the bundle again from where it was trained; do not edit its files.",
-            )
+        if sha256(folder / name) != manifest.files[name]:
+            raise _altered(folder, name)
     return manifest
 
 
 def load_parts(folder: Path) -> tuple[BundleManifest, Encoder, MILHead]:
-    """Load a bundle's manifest, encoder and head (float32, CPU, eval mode), after checking the checksums."""
+    """Load a bundle's manifest, encoder and head (float32, CPU, eval mode), after checking the checksums.
+
+    Raises:
+        BundleError: see `read_manifest`; or its parts do not belong together.
+    """
     manifest = read_manifest(folder)
     encoder = load_encoder(folder)
     spec = manifest.head
-    head = create_head(spec.name, spec.in_dim, spec.num_classes, **spec.options)
     try:
-        head.load_state_dict(load_file(folder / "head.safetensors"))
-    except (SafetensorError, RuntimeError) as error:
-        raise BundleError(f"{folder}: head.safetensors does not fit: {error}", fix="Copy the bundle again.") from error
+        head = create_head(spec.name, spec.in_dim, spec.num_classes, **spec.options)
+        head.load_state_dict(load_file(folder / HEAD_FILE))
+    except (HeadError, SafetensorError, RuntimeError) as error:
+        raise BundleError(
+            f"{folder}: its head cannot be built: {error}", fix="Load it with the lrmil version that wrote it."
+        ) from error
+    _check_fit(folder, manifest, encoder, head)
     return manifest, encoder, head.eval()
+
+
+def _check_fit(folder: Path, manifest: BundleManifest, encoder: Encoder, head: MILHead) -> None:
+    if head.in_dim != encoder.embed_dim or head.num_classes != len(manifest.classes):
+        raise BundleError(
+            f"{folder}: the encoder gives {encoder.embed_dim} numbers a region and there are {len(manifest.classes)} "
+            f"classes, but the head takes {head.in_dim} and gives {head.num_classes}.",
+            fix="Write the bundle again from parts that were trained together.",
+        )
+
+
+def _altered(folder: Path, name: str) -> BundleAltered:
+    return BundleAltered(
+        f"{folder}: {name} is not the file that was written (its checksum differs).",
+        fix="Copy the bundle again from where it was trained; do not edit its files.",
+    )
 
 
 def _model_card(manifest: BundleManifest) -> str:

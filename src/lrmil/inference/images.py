@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from lrmil.errors import OutputError
+from lrmil.errors import ConfigError
 from lrmil.files import atomic_path
 
 
@@ -16,10 +16,12 @@ def save_image(path: Path, rgb: npt.NDArray[np.uint8]) -> None:
     """Write (H, W, 3) uint8 RGB as .png or .jpg, by the suffix.
 
     Raises:
+        ConfigError: another suffix.
         OutputError: it cannot be written.
     """
-    fine, data = cv2.imencode(path.suffix, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
-    if not fine:
-        raise OutputError(f"{path}: the picture cannot be encoded as {path.suffix}.", fix="Use .png or .jpg.")
+    suffix = path.suffix.lower()
+    if suffix not in (".png", ".jpg", ".jpeg"):
+        raise ConfigError(f"{path}: pictures are not written as {suffix or 'nameless'} files.", fix="Use .png or .jpg.")
+    _, data = cv2.imencode(suffix, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
     with atomic_path(path) as scratch:
         scratch.write_bytes(data.tobytes())

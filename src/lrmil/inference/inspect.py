@@ -4,58 +4,88 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
+import huggingface_hub
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from lrmil.bags import software_versions
-from lrmil.encoders import encoder_cards
+from lrmil.encoders import EncoderCard, encoder_cards
+from lrmil.encoders.weights import load_weights
 from lrmil.errors import LrmilError
 from lrmil.geometry import GridSettings
 from lrmil.inference.images import save_image
-from lrmil.inference.prepare import TileSettings, prepare_slide
+from lrmil.inference.prepare import PreparedSlide, TileSettings, survey_slide
 from lrmil.slides import open_slide, reader_cards
 from lrmil.tissue import TissueSettings, overlay
 
+_MIN_SIDE_PX = 600
+
 
 def describe_slide(
-    path: Path, *, mpp: float | None, lr_mpp: float, hr_mpp: float, patch_px: int, picture: Path | None = None
+    path: str | Path,
+    grid: GridSettings,
+    tissue: TissueSettings,
+    tiles: TileSettings,
+    *,
+    mpp: float | None = None,
+    picture: Path | None = None,
 ) -> dict[str, Any]:
-    """Return facts about a slide and the patches it would give; `picture` gets the tissue and the regions drawn.
+    """Return facts about a slide and the patches it would give, ready for JSON; it may be without tissue.
+
+    Args:
+        path: the slide.
+        grid: the scales to plan for.
+        tissue: how tissue is found.
+        tiles: how much of it a region needs.
+        mpp: um per level-0 pixel, where the slide does not say it.
+        picture: gets the tissue and the regions, drawn on the overview.
 
     Raises:
-        SlideError: the slide cannot be opened, or its scale is not known.
+        SlideError: the slide cannot be opened, or its scale is not known or of no use.
+        OutputError: the picture cannot be written.
     """
-    grid_settings = GridSettings(patch_px=patch_px, lr_mpp=lr_mpp, hr_mpp=hr_mpp)
     with open_slide(path, mpp=mpp) as slide:
-        prepared = prepare_slide(slide, grid_settings, TissueSettings(), TileSettings())
-        grid, scale = prepared.grid, prepared.grid.scale
-        facts: dict[str, Any] = {
-            "slide": slide.name,
-            "reader": f"{slide.reader} ({slide.vendor})",
-            "level 0": f"{slide.dimensions[0]} x {slide.dimensions[1]} px",
-            "mpp": f"{slide.mpp:.4f} um/px (from {slide.mpp_source})",
-            "levels": [
-                f"{v.index}: {v.width_px} x {v.height_px} px, {slide.mpp * v.downsample:.3f} um/px"
-                for v in slide.levels
-            ],
-            "tissue": f"{prepared.tissue.tissue_share:.1%} of the slide",
-            "low resolution": f"{grid.num_regions} regions of {patch_px} px at {scale.lr_mpp:.4g} um/px, "
-            f"read from level {slide.level_for(scale.lr_mpp).index}",
-            "high resolution": f"{grid.num_children} patches at {scale.hr_mpp:.4g} um/px"
-            if scale.has_hr
-            else "not available: the slide is too coarse to train with, it can be predicted on",
-            "grid": "whole level-0 pixels, box averages"
-            if scale.snapped
-            else f"resampled: {slide.mpp:.4g} um/px is no power of two away from {hr_mpp:g} um/px",
+        survey = survey_slide(slide, grid, tissue, tiles)
+        matched, scale, mask = survey.grid, survey.grid.scale, survey.tissue
+        facts = slide.describe()
+        facts["tissue"] = {
+            "share": mask.tissue_share,
+            "mm2": mask.tissue_mm2,
+            "pen_share": mask.pen_share,
+            "unreadable_blocks": survey.overview.unreadable,
+            "seconds": survey.seconds,
         }
+        facts["low_resolution"] = {
+            "mpp": scale.lr_mpp,
+            "patch_px": scale.patch_px,
+            "region_side_l0": scale.region_side_l0,
+            "regions": matched.num_regions,
+            "level": slide.level_for(scale.lr_mpp).index,
+        }
+        # None: coarser than that. Such a slide cannot train; it can be predicted on.
+        facts["high_resolution"] = {"mpp": scale.hr_mpp, "patches": matched.num_children} if scale.has_hr else None
+        facts["snapped"] = scale.snapped
     if picture is not None:
-        drawn = overlay(prepared.overview.rgb, prepared.tissue, boxes_l0=grid.region_boxes_l0)
-        save_image(picture, drawn)
-        facts["picture"] = str(picture)
+        save_image(picture, _draw(survey))
     return facts
+
+
+def _draw(survey: PreparedSlide) -> npt.NDArray[np.uint8]:
+    """Tissue and regions on the overview; a small one is enlarged in whole steps, and its mask with it."""
+    mask, rgb = survey.tissue, survey.overview.rgb
+    step = -(-_MIN_SIDE_PX // max(mask.mask.shape))
+    if step > 1:
+        dx, dy = mask.downsample_l0
+        larger = [part.repeat(step, axis=0).repeat(step, axis=1) for part in (mask.mask, mask.pen)]
+        mask = replace(mask, mask=larger[0], pen=larger[1], downsample_l0=(dx / step, dy / step))
+        rgb = np.asarray(cv2.resize(rgb, None, fx=step, fy=step, interpolation=cv2.INTER_CUBIC), np.uint8)
+    return overlay(rgb, mask, boxes_l0=survey.grid.region_boxes_l0)
 
 
 @dataclass(frozen=True)
@@ -68,46 +98,65 @@ class Check:
 
 
 def check_machine() -> list[Check]:
-    """Look at versions, devices, readers and encoder weights; load nothing large."""
+    """Look at versions, devices, readers and encoder weights; ask no server."""
+    import openslide
+
     checks = [Check(name, "ok", found) for name, found in software_versions().items()]
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            memory_gb = torch.cuda.get_device_properties(index).total_memory / 2**30
-            checks.append(Check(f"cuda:{index}", "ok", f"{torch.cuda.get_device_name(index)}, {memory_gb:.0f} GiB"))
-    else:
-        checks.append(
-            Check("GPU", "note", "none; encoders run on the CPU, a small one answers a slide in seconds there")
-        )
-    checks.append(Check("CPU", "ok", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"))
+    checks.append(Check("openslide", "ok", f"{openslide.__library_version__} (Python {openslide.__version__})"))
+    checks += _devices()
     free_gb = shutil.disk_usage(Path.cwd()).free / 2**30
-    checks.append(Check("disk", "ok" if free_gb > 5 else "note", f"{free_gb:.0f} GiB free here"))
+    checks.append(Check("disk", "ok" if free_gb > 5 else "note", f"{free_gb:.0f} GiB free in this folder"))
     for card in reader_cards():
         checks.append(Check(f"reader {card.name}", "ok", f"{card.formats} ({card.licence})"))
-    token = bool(os.environ.get("HF_TOKEN") or (Path.home() / ".cache" / "huggingface" / "token").is_file())
-    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-    checks.append(
-        Check(
-            "model hub",
-            "ok" if token else "note",
-            ("offline by HF_HUB_OFFLINE; " if offline else "")
-            + ("a token is set" if token else "no token: gated encoders need HF_TOKEN or a local file"),
-        )
-    )
+    checks.append(_hub())
     for encoder in encoder_cards():
-        if encoder.package_file:
-            try:
-                checks.append(
-                    Check(f"encoder {encoder.name}", "ok", f"shipped, {_package_weight(encoder.package_file)}")
-                )
-            except (LrmilError, FileNotFoundError) as error:
-                checks.append(Check(f"encoder {encoder.name}", "bad", str(error)))
+        found = _weights_here(encoder)
+        if found is not None:
+            checks.append(found)
     return checks
 
 
-def _package_weight(name: str) -> str:
-    from importlib.resources import files
+def _devices() -> list[Check]:
+    found = [
+        Check(
+            f"cuda:{index}",
+            "ok",
+            f"{torch.cuda.get_device_name(index)}, "
+            f"{torch.cuda.get_device_properties(index).total_memory / 2**30:.0f} GiB",
+        )
+        for index in range(torch.cuda.device_count())
+    ]
+    if torch.backends.mps.is_available():
+        found.append(Check("mps", "ok", "Apple GPU"))
+    if not found:
+        found.append(Check("GPU", "note", "none; the CPU encodes. A small encoder answers a slide in seconds there"))
+    found.append(Check("cpu", "ok", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"))
+    return found
 
-    resource = files("lrmil.encoders").joinpath(name)
-    with resource.open("rb") as handle:
-        size = handle.seek(0, os.SEEK_END)
-    return f"{size / 1e6:.1f} MB"
+
+def _hub() -> Check:
+    offline = "offline by HF_HUB_OFFLINE; " if huggingface_hub.constants.HF_HUB_OFFLINE else ""
+    if huggingface_hub.get_token():
+        return Check("model hub", "ok", f"{offline}a token is set")
+    return Check("model hub", "note", f"{offline}no token: gated encoders need HF_TOKEN or a local file")
+
+
+def _weights_here(card: EncoderCard) -> Check | None:
+    """Say where the weights of an encoder lie on this machine, or return None if they do not."""
+    subject = f"encoder {card.name}"
+    named = os.environ.get(card.ckpt_variable)
+    if named:
+        there = Path(named).expanduser().exists()
+        return Check(
+            subject, "ok" if there else "bad", f"{card.ckpt_variable}={named}" + ("" if there else ": missing")
+        )
+    if card.package_file is not None:
+        try:
+            state, origin = load_weights(card)
+        except LrmilError as error:
+            return Check(subject, "bad", str(error))
+        return Check(subject, "ok", f"{origin}, {sum(v.numel() for v in state.values()) / 1e6:.1f} million weights")
+    source = card.source
+    if source and any(isinstance(huggingface_hub.try_to_load_from_cache(source, name), str) for name in card.files):
+        return Check(subject, "ok", f"downloaded from {source}")
+    return None

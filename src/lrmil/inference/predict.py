@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,29 +13,36 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lrmil.errors import ConfigError
 from lrmil.files import write_json
 from lrmil.geometry import IntArray
 from lrmil.inference.bundle import BundleManifest, load_parts
 from lrmil.inference.prepare import PreparedSlide, prepare_slide
 from lrmil.inference.stream import ReadingLog, encode_patches, region_reads
-from lrmil.slides import Slide, io_counter, open_slide
+from lrmil.slides import Overview, Slide, io_counter, open_slide
 
 Progress = Callable[[int, int], None]
 """called with (regions done, regions in all)"""
 
+_READ_AHEAD = 64
+_PICTURE_SIDE_PX = 1000
+"""where the tissue overview of a small slide is smaller than this, pictures get a finer one"""
+
 
 @dataclass(frozen=True)
 class Seconds:
-    """Where the time went. Reading runs ahead on threads while the encoder works, so the parts may exceed the total."""
+    """Where the time went. The parts add up to the total."""
 
     tissue: float
+    """overview, mask and grid"""
     reading: float
+    """opening the file, and waiting for regions: readers run beside the encoder"""
     encoding: float
     mil: float
     total: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prediction:
     """The answer to one slide, and what it rests on."""
 
@@ -48,19 +56,26 @@ class Prediction:
     attention: npt.NDArray[np.float32] | None
     """(N,) sums to 1; None for heads without attention"""
     seconds: Seconds
-    patches_read: int
-    patches_encoded: int
     unreadable: int
+    """regions that could not be decoded; they are not among the N"""
     bytes_read: int | None
     """bytes that this process took from files meanwhile; None where the system does not count them"""
     scale: dict[str, Any]
     """the slide's mpp and where it comes from, the working mpp, the pyramid levels that were opened"""
+    model: dict[str, Any]
+    """which bundle answered"""
+    overview: Overview = field(repr=False)
+    """the slide at a glance, to paint attention on"""
     warnings: list[str] = field(default_factory=list)
-    prepared: PreparedSlide | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def num_regions(self) -> int:
+        """N, how many regions were looked at."""
+        return len(self.boxes_l0)
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of prediction.json."""
-        attention = self.attention.tolist() if self.attention is not None else [None] * len(self.boxes_l0)
+        attention = [None] * self.num_regions if self.attention is None else self.attention.tolist()
         return {
             "slide": self.slide,
             "path": self.path,
@@ -68,13 +83,14 @@ class Prediction:
             "predicted": self.predicted,
             "probabilities": self.probabilities,
             "warnings": self.warnings,
-            "seconds": {k: round(v, 4) for k, v in vars(self.seconds).items()},
-            "patches": {"read": self.patches_read, "encoded": self.patches_encoded, "unreadable": self.unreadable},
+            "seconds": {name: round(value, 4) for name, value in vars(self.seconds).items()},
+            "patches": {"encoded": self.num_regions, "unreadable": self.unreadable},
             "bytes_read": self.bytes_read,
             "scale": self.scale,
+            "model": self.model,
             "regions": [
-                {"x_l0": int(x0), "y_l0": int(y0), "width_l0": int(x1 - x0), "height_l0": int(y1 - y0), "attention": a}
-                for (x0, y0, x1, y1), a in zip(self.boxes_l0, attention, strict=True)
+                {"x_l0": x0, "y_l0": y0, "width_l0": x1 - x0, "height_l0": y1 - y0, "attention": weight}
+                for (x0, y0, x1, y1), weight in zip(self.boxes_l0.tolist(), attention, strict=True)
             ],
         }
 
@@ -99,8 +115,9 @@ class Bundle:
         slide: str | Path | Slide,
         *,
         mpp: float | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         threads: int = 2,
+        picture: bool = False,
         on_progress: Progress | None = None,
     ) -> Prediction:
         """Answer one slide.
@@ -108,21 +125,39 @@ class Bundle:
         Args:
             slide: a path, or a slide that is open already (it is left open).
             mpp: the slide's um per level-0 pixel, where the file does not say it or says it wrongly.
-            batch_size: regions a forward pass.
+            batch_size: regions a forward pass; None: what suits the device.
             threads: reader threads.
+            picture: look at a small slide more closely for the answer's `overview`, after the clock has stopped and at
+                the model's low resolution at most.
             on_progress: called after each batch.
 
         Raises:
             SlideError: this slide cannot be answered; the message says why.
+            ConfigError: `mpp` was given with an open slide, which has its own.
         """
-        if isinstance(slide, Slide):
-            return self._predict(slide, batch_size, threads, on_progress)
-        with open_slide(slide, mpp=mpp) as opened:
-            return self._predict(opened, batch_size, threads, on_progress)
-
-    def _predict(self, slide: Slide, batch_size: int, threads: int, on_progress: Progress | None) -> Prediction:
-        m = self.manifest
         began, bytes_before = time.perf_counter(), io_counter()
+        opened: AbstractContextManager[Slide]
+        if isinstance(slide, Slide):
+            if mpp is not None:
+                raise ConfigError("mpp was given with a slide that is open already.", fix="Give it to `open_slide`.")
+            opened = nullcontext(slide)
+        else:
+            opened = open_slide(slide, mpp=mpp)
+        with opened as source:
+            return self._predict(source, batch_size, threads, picture, on_progress, began, bytes_before)
+
+    def _predict(
+        self,
+        slide: Slide,
+        batch_size: int | None,
+        threads: int,
+        picture: bool,
+        on_progress: Progress | None,
+        began: float,
+        bytes_before: int | None,
+    ) -> Prediction:
+        m = self.manifest
+        reads_before = dict(slide.stats.level_reads)
         prepared = prepare_slide(slide, m.grid, m.tissue, m.tiles)
         grid = prepared.grid
 
@@ -131,53 +166,66 @@ class Bundle:
             region_reads(grid),
             grid.scale.patch_px,
             self.encoder,
-            batch_size=batch_size,
+            batch_size=batch_size or _READ_AHEAD,
+            forward_batch=batch_size,
             threads=threads,
             max_unreadable=m.tiles.max_unreadable,
             on_progress=(lambda done: on_progress(done, grid.num_regions)) if on_progress else None,
         )
+        boxes_l0 = grid.region_boxes_l0[seen.rows]
 
-        start = time.perf_counter()
+        head_began = time.perf_counter()
         with torch.inference_mode():
-            out = self.head(torch.from_numpy(seen.embedding).float().to(self.device))
-            probabilities = self.head.probabilities(out.logits.double()).cpu().numpy()
-            attention = None if out.attention is None else out.attention.float().cpu().numpy()
-        mil_s = time.perf_counter() - start
+            # As in training: float32 features, and the regions' corners for heads that use positions.
+            bag = torch.from_numpy(seen.embedding).to(self.device, torch.float32)
+            out = self.head(bag, coords=torch.from_numpy(boxes_l0[:, :2].copy()).to(self.device))
+            probabilities = self.head.probabilities(out.logits.cpu().double()).numpy()
+            attention = None if out.attention is None else out.attention.cpu().float().numpy()
+        ended = time.perf_counter()
 
-        bytes_after = io_counter()
+        mil_s, total_s, bytes_after = ended - head_began, ended - began, io_counter()
+        reading_s = max(0.0, total_s - prepared.seconds - seen.encoding_s - mil_s)
+        levels = {
+            level: reads - reads_before.get(level, 0)
+            for level, reads in sorted(slide.stats.level_reads.items())
+            if reads > reads_before.get(level, 0)
+        }
         return Prediction(
             slide=slide.name,
             path=str(slide.path),
             task=m.task,
             probabilities={name: float(p) for name, p in zip(m.classes, probabilities, strict=True)},
             predicted=m.classes[int(probabilities.argmax())],
-            boxes_l0=grid.region_boxes_l0[seen.rows],
+            boxes_l0=boxes_l0,
             attention=attention,
-            seconds=Seconds(prepared.seconds, seen.log.busy_s, seen.encoding_s, mil_s, time.perf_counter() - began),
-            patches_read=seen.log.patches,
-            patches_encoded=len(seen.rows),
+            seconds=Seconds(prepared.seconds, reading_s, seen.encoding_s, mil_s, total_s),
             unreadable=len(seen.log.unreadable),
             bytes_read=None if bytes_before is None or bytes_after is None else bytes_after - bytes_before,
-            scale=_scale_note(slide, prepared),
+            scale=_scale_note(slide, prepared, levels),
+            model={"folder": str(self.folder), "checksum": m.checksum, "created": m.created},
+            overview=_closer_view(slide, prepared) if picture else prepared.overview,
             warnings=self._warnings(prepared, seen.log),
-            prepared=prepared,
         )
 
     def _warnings(self, prepared: PreparedSlide, log: ReadingLog) -> list[str]:
         notes = []
         low, _, high = self.manifest.trained_on.regions_per_slide
-        count = prepared.grid.num_regions
+        count, scale = prepared.grid.num_regions, prepared.grid.scale
         if count < low:
             notes.append(
-                f"little tissue: {count} regions; 90 % of the training slides had {low:.0f} to {high:.0f}. "
-                "Trust the answer less."
+                f"little tissue: {_counted(count, 'region')}; 90 % of the training slides had {low:.0f} to {high:.0f}, "
+                "so trust the answer less"
             )
         if log.unreadable:
-            notes.append(f"{len(log.unreadable)} regions could not be decoded and were left out")
+            notes.append(f"{_counted(len(log.unreadable), 'region')} could not be decoded, left out: {log.first_error}")
         if prepared.overview.unreadable:
-            notes.append(f"{prepared.overview.unreadable} blocks of the overview could not be decoded")
-        if not prepared.grid.scale.snapped:
-            notes.append("the slide's own scale is not near the model's, so regions were resampled")
+            lost = _counted(prepared.overview.unreadable, "block")
+            notes.append(f"{lost} of the overview could not be decoded; tissue there was not looked at")
+        if not scale.snapped:
+            notes.append(
+                f"regions were resampled: no power of two leads from {scale.mpp_l0:.4g} um/px of the slide to "
+                f"{self.manifest.grid.lr_mpp:g} um/px of the model"
+            )
         return notes
 
 
@@ -186,31 +234,53 @@ def load_bundle(folder: str | Path, *, device: str | torch.device = "auto") -> B
 
     Raises:
         BundleError: no bundle there, another format, or altered files.
+        ConfigError: this machine has no such device.
     """
     return Bundle(folder, device=device)
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """Resolve "auto" to CUDA, then Apple's MPS, then the CPU."""
-    if device != "auto":
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """Resolve "auto" to CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {str(device)!r}: {reason}", fix="`lrmil doctor` lists the devices.") from error
+    return chosen
 
 
-def _scale_note(slide: Slide, prepared: PreparedSlide) -> dict[str, Any]:
-    scale = prepared.grid.scale
+def _closer_view(slide: Slide, prepared: PreparedSlide) -> Overview:
+    overview = prepared.overview
+    wanted_mpp = max(prepared.grid.scale.lr_mpp, overview.mpp * max(overview.scanned.shape) / _PICTURE_SIDE_PX)
+    return slide.overview(wanted_mpp) if wanted_mpp < overview.mpp else overview
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def _scale_note(slide: Slide, prepared: PreparedSlide, levels: dict[int, int]) -> dict[str, Any]:
+    scale, by_index = prepared.grid.scale, {level.index: level for level in slide.levels}
     return {
+        "dimensions_l0": list(slide.dimensions),
         "mpp_l0": slide.mpp,
         "mpp_source": slide.mpp_source,
         "working_mpp": scale.lr_mpp,
         "snapped": scale.snapped,
         "region_side_l0": scale.region_side_l0,
         "patch_px": scale.patch_px,
-        "levels_opened": [
-            {"level": level, "mpp": slide.mpp * slide.levels[level].downsample, "reads": reads}
-            for level, reads in sorted(slide.stats.level_reads.items())
-        ],
         "reader": slide.reader,
+        "levels_opened": [
+            {"level": level, "mpp": slide.mpp * by_index[level].downsample, "reads": reads}
+            for level, reads in levels.items()
+        ],
     }

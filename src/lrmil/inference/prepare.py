@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from lrmil.errors import NoTissue
+from lrmil.errors import NoTissue, TooManyUnreadable
 from lrmil.geometry import GridSettings, MatchedGrid, match_grids
 from lrmil.settings import Settings
 from lrmil.slides import Overview, Slide
@@ -41,8 +41,29 @@ def prepare_slide(slide: Slide, grid: GridSettings, tissue: TissueSettings, tile
 
     Raises:
         NoTissue: fewer than `tiles.min_regions` regions hold enough tissue.
+        TooManyUnreadable: more than the share `tiles.max_unreadable` of the overview cannot be decoded.
         SlideTooCoarse, SlideTooSmall: see `match_grids`.
-        UnreadableRegion: see `Slide.overview`.
+    """
+    prepared = survey_slide(slide, grid, tissue, tiles)
+    overview, found = prepared.overview, prepared.grid.num_regions
+    lost = overview.unreadable_px / overview.scanned.size
+    if lost > tiles.max_unreadable:
+        raise TooManyUnreadable(
+            f"{lost:.0%} of its overview cannot be decoded, where {tiles.max_unreadable:.0%} are allowed "
+            "(max_unreadable).",
+            slide=slide.name,
+            fix="Copy the file again from its source.",
+        )
+    if found < tiles.min_regions:
+        raise NoTissue(_too_little(prepared, tiles), slide=slide.name, fix=_LOOK)
+    return prepared
+
+
+def survey_slide(slide: Slide, grid: GridSettings, tissue: TissueSettings, tiles: TileSettings) -> PreparedSlide:
+    """As `prepare_slide`, for slides of which little or nothing may be left: the grid may be empty.
+
+    Raises:
+        SlideTooCoarse, SlideTooSmall: see `match_grids`.
     """
     began = time.perf_counter()
     # The scale is checked before any pixel is read: a hopeless slide should cost nothing.
@@ -57,11 +78,21 @@ def prepare_slide(slide: Slide, grid: GridSettings, tissue: TissueSettings, tile
         min_child_tissue=tiles.min_child_tissue,
         slide=slide.name,
     )
-    if matched.num_regions < tiles.min_regions:
-        raise NoTissue(
-            f"{matched.num_regions} regions of {matched.scale.region_side_l0 * slide.mpp:.0f} um hold tissue, "
-            f"{tiles.min_regions} are needed ({mask.tissue_share:.1%} of the slide is tissue).",
-            slide=slide.name,
-            fix="Look at it with `lrmil info`; if tissue was missed, change the tissue settings.",
-        )
     return PreparedSlide(overview, mask, matched, time.perf_counter() - began)
+
+
+_LOOK = "See what was taken for tissue with `lrmil info SLIDE --picture tissue.png`."
+
+
+def _too_little(prepared: PreparedSlide, tiles: TileSettings) -> str:
+    mask, grid = prepared.tissue, prepared.grid
+    side_um = grid.scale.region_side_l0 * grid.scale.mpp_l0
+    text = (
+        f"too little tissue: {mask.tissue_share:.1%} of the slide; regions ({side_um:.0f} um wide) that hold at least "
+        f"{tiles.min_region_tissue:.0%} of it: {grid.num_regions}, needed: {tiles.min_regions}."
+    )
+    if mask.pen_share > mask.tissue_share:
+        text += f" Taken for pen marks: {mask.pen_share:.1%}."
+    if mask.unreadable:
+        text += f" Blocks of its overview that cannot be decoded: {mask.unreadable}."
+    return text

@@ -2,7 +2,8 @@
 
 A child patch costs almost as much to read as its whole region, so where the grid allows it (snapped scale) the children
 of a region are cut from one read of it. The cut pixels equal those of single reads: both are box averages of the same
-whole pixels.
+whole pixels of one level. (OpenSlide blends neighbours on levels whose size was rounded, see its reader; there the two
+differ by grey levels that no encoder notices.)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from lrmil.encoders import Encoder, embed
 from lrmil.encoders.settings import Precision
-from lrmil.errors import TooManyUnreadable, UnreadableRegion
+from lrmil.errors import NoTissue, TooManyUnreadable, UnreadableRegion
 from lrmil.geometry import IntArray, MatchedGrid
 from lrmil.slides import Slide
 
@@ -42,22 +43,23 @@ class Read:
 
 @dataclass
 class ReadingLog:
-    """What reading one slide took. Threads overlap with the encoder, so `busy_s` is work, not waiting."""
+    """How reading the patches of one slide went."""
 
     patches: int = 0
+    """how many could be decoded"""
     unreadable: list[int] = field(default_factory=list)
-    """rows of the patches whose pixels could not be decoded"""
-    busy_s: float = 0.0
+    """rows of those that could not"""
     first_error: str | None = None
 
     def raise_if_too_many(self, slide: str, limit: float) -> None:
-        """Raise `TooManyUnreadable` if more than the share `limit` of the patches could not be decoded."""
+        """Raise `TooManyUnreadable` if more than the share `limit` of the patches could not be decoded, or all."""
         total = self.patches + len(self.unreadable)
-        if total and len(self.unreadable) > limit * total:
+        if self.unreadable and (len(self.unreadable) > limit * total or self.patches == 0):
             raise TooManyUnreadable(
-                f"{len(self.unreadable)} of {total} patches cannot be decoded; first: {self.first_error}",
+                f"{len(self.unreadable)} of {total} patches cannot be decoded, where {limit:.0%} are allowed "
+                f"(max_unreadable). The first: {self.first_error}",
                 slide=slide,
-                fix="Copy the file again from its source, or raise max_unreadable.",
+                fix="Copy the file again from its source.",
             )
 
 
@@ -102,13 +104,13 @@ def stream_patches(
 ) -> Iterator[PatchBatch]:
     """Yield the patches of `reads` in order, in batches of up to `batch_size`; `log` is filled on the way.
 
-    Patches that cannot be decoded are left out and entered in `log.unreadable`; nothing is put in their place. At most
-    2 * `threads` reads and one batch are held at a time.
+    Patches that cannot be decoded are left out and entered in `log.unreadable`; nothing is put in their place. While a
+    batch is worked on, `threads` threads read the next one, and no further: two batches (or two reads a thread, if that
+    is more) are in memory at most.
     """
     images: list[ImageArray] = []
     rows: list[int] = []
-    for good_rows, pictures, result in _run_ahead(slide, reads, patch_px, max(1, threads)):
-        log.busy_s += result.busy_s
+    for good_rows, pictures, result in _run_ahead(slide, reads, patch_px, max(1, threads), batch_size):
         log.unreadable += result.unreadable
         log.first_error = log.first_error or result.first_error
         log.patches += len(good_rows)
@@ -147,20 +149,38 @@ def encode_patches(
     cls_layers: Sequence[int] = (),
     dtype: npt.DTypeLike = np.float32,
     max_unreadable: float = 1.0,
+    forward_batch: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> EncodedPatches:
-    """Read and encode patches of one slide; `on_progress` is called with the number of patches done so far.
+    """Read and encode patches of one slide.
+
+    Args:
+        slide: where they are read.
+        reads: see `region_reads` and `child_reads`; not empty.
+        patch_px: side of a patch.
+        encoder: what encodes them, where it is.
+        batch_size: patches that are read ahead and handed over together.
+        threads: reader threads.
+        precision: see `embed`.
+        cls_layers: blocks whose class tokens are wanted as well.
+        dtype: of the result.
+        max_unreadable: share of the patches that may be undecodable.
+        forward_batch: images in one forward pass of the encoder; None: what suits the device.
+        on_progress: called with the number of patches done so far.
 
     Raises:
         TooManyUnreadable: more than the share `max_unreadable` cannot be decoded, or all of them.
+        NoTissue: there is no patch to read.
     """
+    if not reads:
+        raise NoTissue("no patch of it holds enough tissue.", slide=slide.name, fix="Leave it out.")
     log = ReadingLog()
     rows, embeddings = [], []
     cls: dict[int, list[npt.NDArray[np.floating]]] = {layer: [] for layer in cls_layers}
     encoding_s = 0.0
     for batch in stream_patches(slide, reads, patch_px, batch_size=batch_size, threads=threads, log=log):
         began = time.perf_counter()
-        out = embed(encoder, batch.images, cls_layers=cls_layers, precision=precision)
+        out = embed(encoder, batch.images, cls_layers=cls_layers, precision=precision, batch_size=forward_batch)
         encoding_s += time.perf_counter() - began
         rows.append(batch.rows)
         embeddings.append(out.embedding.astype(dtype, copy=False))
@@ -169,12 +189,6 @@ def encode_patches(
         if on_progress:
             on_progress(sum(map(len, rows)))
     log.raise_if_too_many(slide.name, max_unreadable)
-    if not rows:
-        raise TooManyUnreadable(
-            f"no patch can be decoded; first: {log.first_error}",
-            slide=slide.name,
-            fix="Copy the file again from its source.",
-        )
     joined = {layer: np.concatenate(parts) for layer, parts in cls.items()}
     return EncodedPatches(np.concatenate(rows), np.concatenate(embeddings), joined, log, encoding_s)
 
@@ -182,44 +196,47 @@ def encode_patches(
 _Result = tuple[list[int], list[ImageArray], ReadingLog]
 
 
-def _run_ahead(slide: Slide, reads: Sequence[Read], patch_px: int, threads: int) -> Iterator[_Result]:
+def _run_ahead(
+    slide: Slide, reads: Sequence[Read], patch_px: int, threads: int, patches_ahead: int
+) -> Iterator[_Result]:
     with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
-        pending: deque[Future[_Result]] = deque()
+        pending: deque[tuple[Future[_Result], int]] = deque()
+        ahead = 0
         try:
             for read in reads:
-                pending.append(pool.submit(_perform, slide, read, patch_px))
-                if len(pending) >= 2 * threads:
-                    yield pending.popleft().result()
+                pending.append((pool.submit(_perform, slide, read, patch_px), len(read.rows)))
+                ahead += len(read.rows)
+                if ahead >= patches_ahead and len(pending) >= 2 * threads:
+                    future, patches = pending.popleft()
+                    ahead -= patches
+                    yield future.result()
             while pending:
-                yield pending.popleft().result()
+                yield pending.popleft()[0].result()
         finally:
-            for future in pending:
+            for future, _ in pending:
                 future.cancel()
 
 
 def _perform(slide: Slide, read: Read, patch_px: int) -> _Result:
-    log = ReadingLog()
-    began = time.perf_counter()
-    rows: list[int] = []
-    pictures: list[ImageArray] = []
+    rows: list[int] = read.rows.tolist()
     try:
         picture = slide.read_box(read.box_l0, read.size_px)
-        rows = [int(row) for row in read.rows]
-        pictures = [picture[y : y + patch_px, x : x + patch_px] for x, y in read.corners_px]
+        return rows, [picture[y : y + patch_px, x : x + patch_px] for x, y in read.corners_px], ReadingLog()
     except UnreadableRegion as error:
-        log.first_error = str(error)
-        if len(read.rows) == 1:
-            log.unreadable = [int(read.rows[0])]
-        else:
-            # One bad tile need not cost the whole region: ask for its children one by one.
-            for row, box in zip(read.rows, read.boxes_l0, strict=True):
-                try:
-                    pictures.append(slide.read_box(_as_box(box), (patch_px, patch_px)))
-                    rows.append(int(row))
-                except UnreadableRegion:
-                    log.unreadable.append(int(row))
-    log.busy_s = time.perf_counter() - began
-    return rows, pictures, log
+        reason = error.message.removeprefix(f"{error.slide}: ")
+    if len(rows) == 1:
+        return [], [], ReadingLog(unreadable=rows, first_error=reason)
+    # One bad tile need not cost the whole region: ask for its children one by one.
+    log = ReadingLog(first_error=reason)
+    good: list[int] = []
+    pictures: list[ImageArray] = []
+    for row, box in zip(rows, read.boxes_l0, strict=True):
+        try:
+            pictures.append(slide.read_box(_as_box(box), (patch_px, patch_px)))
+            good.append(row)
+        except UnreadableRegion:
+            log.unreadable.append(row)
+    return good, pictures, log
 
 
 def _single(row: int, box: IntArray, patch_px: int) -> Read:
