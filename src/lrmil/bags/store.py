@@ -11,6 +11,7 @@ attribute `lrmil` JSON: format, slide, scale, provenance
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +119,34 @@ def read_bag(
             raise CorruptBag(f"{path}: {error.message}", fix="Delete it and encode the slide again.") from error
 
 
-def map_rows(path: str | Path, names: Iterable[str]) -> dict[str, npt.NDArray[Any]]:
-    """Map datasets of a feature file into memory, read-only: rows in any order cost no more than the rows themselves.
+@dataclass(frozen=True)
+class StoredRows:
+    """One dataset of a feature file, of which rows in any order can be had for no more than the rows themselves.
 
-    For training on more than memory holds. Possible because datasets are contiguous; values were checked when written.
+    The file is open only while rows are read: a cohort has more slides than a process may have open files.
+    """
+
+    path: Path
+    dtype: np.dtype[Any]
+    offset: int
+    """where the values begin in the file"""
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Read these rows."""
+        if not all(self.shape):
+            return np.empty(self.shape, self.dtype)[rows]
+        return np.array(np.memmap(self.path, self.dtype, "r", offset=self.offset, shape=self.shape)[rows])
+
+
+def map_rows(path: str | Path, names: Iterable[str]) -> dict[str, StoredRows]:
+    """Find datasets of a feature file, for training on more than memory holds.
+
+    Possible because datasets are contiguous; values were checked when written.
 
     Args:
         path: file written by `write_bag`.
@@ -131,7 +156,7 @@ def map_rows(path: str | Path, names: Iterable[str]) -> dict[str, npt.NDArray[An
         BagError: there is no such file or dataset, or it is not contiguous.
     """
     path = Path(path)
-    found: dict[str, npt.NDArray[Any]] = {}
+    found: dict[str, StoredRows] = {}
     with open_for_reading(path) as handle:
         _about(path, handle)
         for name in names:
@@ -139,15 +164,14 @@ def map_rows(path: str | Path, names: Iterable[str]) -> dict[str, npt.NDArray[An
             offset = dataset.id.get_offset()
             if dataset.size and offset is None:
                 raise BagError(f"{path}: {name} is not stored in one piece.", fix="Encode the slide again.")
-            if dataset.size:
-                found[name] = np.memmap(path, dataset.dtype, "r", offset=offset, shape=dataset.shape)
-            else:
-                found[name] = np.empty(dataset.shape, dataset.dtype)
+            found[name] = StoredRows(path, dataset.dtype, offset or 0, dataset.shape)
     return found
 
 
-def bag_is_current(path: str | Path, expected: Mapping[str, Any]) -> bool:
+def bag_is_current(path: str | Path, expected: Mapping[str, Any], *, layers: Iterable[int] = ()) -> bool:
     """Say whether `path` is a whole feature file whose provenance holds everything in `expected`. Reads no features.
+
+    It must also keep the CLS tokens of `layers`; further layers do no harm.
 
     A missing, truncated or foreign file is not current: whoever asks makes it again.
     """
@@ -156,7 +180,7 @@ def bag_is_current(path: str | Path, expected: Mapping[str, Any]) -> bool:
         with open_for_reading(path) as handle:
             about = _about(path, handle)
             _check_lengths(path, handle)
-            return not differences(about["provenance"], expected)
+            return set(layers) <= set(stored_layers(handle)) and not differences(about["provenance"], expected)
     except BagError:
         return False
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, field_validator
 
 from lrmil.encoders.cards import Embedding
 from lrmil.encoders.settings import EncoderSettings
+from lrmil.encoders.store import is_saved_encoder
 from lrmil.errors import ConfigError
 from lrmil.files import write_text
 from lrmil.geometry import GridSettings
 from lrmil.inference.prepare import TileSettings
+from lrmil.pipeline.overrides import apply_overrides, validated
 from lrmil.settings import Settings
 from lrmil.tissue import TissueSettings
 from lrmil.training.stage1 import Stage1Settings
@@ -41,6 +43,16 @@ class CohortSettings(Settings):
     label_level: Literal["slide", "patient"] = Field(
         "slide", description="patient: two labels of one patient are an error"
     )
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _as_text(cls, values: object) -> object:
+        """Labels are text in a table, but YAML reads 0 and 1 as numbers, and yes and no as true and false."""
+        if not isinstance(values, list):
+            return values
+        if any(isinstance(value, bool) for value in values):
+            raise ValueError('YAML reads yes, no, on and off as true and false: put quotes around them, like "yes"')
+        return [str(value) if isinstance(value, int | float) else value for value in values]
 
 
 class FoldSettings(Settings):
@@ -90,80 +102,54 @@ class RunSettings(Settings):
     )
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunSettings:
+def load_config(path: str | Path, overrides: Sequence[str] | None = None) -> RunSettings:
     """Read a YAML config; `overrides` are `section.field=value` strings, values in YAML.
 
-    Relative paths count from the folder of the config.
+    Relative paths count from the folder of the config, those in overrides too.
 
     Raises:
         ConfigError: no such file, not YAML, or a field is unknown or out of range; all problems are listed at once.
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file.", fix="`lrmil run --help` shows a config to start from.")
+        raise ConfigError(f"{path}: no such file.", fix="`lrmil init COHORT.csv` writes a config to start from.")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}", fix="Check the indentation near that line.") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a config is a mapping of sections, not a {type(raw).__name__}.")
     if isinstance(raw.get("cohort"), str):
         raw["cohort"] = {"table": raw["cohort"]}
-    for override in overrides or []:
-        _apply(raw, override)
-    base = path.resolve().parent
-    _anchor(raw, base)
-    return parse_config(raw, str(path))
+    apply_overrides(raw, overrides or [])
+    return parse_config(raw, str(path), base=path.parent)
 
 
-def parse_config(raw: dict[str, Any], source: str = "config") -> RunSettings:
-    """Validate a config tree, with one message that lists every problem."""
-    try:
-        return RunSettings.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(e) for e in error.errors()) + ".") from error
+def parse_config(raw: dict[str, Any], source: str = "config", *, base: str | Path = ".") -> RunSettings:
+    """Validate a config tree, with one message that lists every problem; relative paths count from `base`.
+
+    They are made absolute: a run must not depend on where it is started, nor what is written beside its outputs.
+    """
+    settings = validated(RunSettings, raw, source)
+    folder = Path(base).resolve()
+
+    def anchored(path: str) -> str:
+        return str((folder / Path(path).expanduser()).resolve())
+
+    cohort, encoder = settings.cohort, settings.encoder
+    slides_dir = None if cohort.slides_dir is None else anchored(cohort.slides_dir)
+    weights = None if encoder.weights is None else anchored(encoder.weights)
+    # A saved encoder is named by its folder.
+    name = anchored(encoder.name) if is_saved_encoder(folder / Path(encoder.name).expanduser()) else encoder.name
+    return settings.model_copy(
+        update={
+            "out": anchored(settings.out),
+            "cohort": cohort.model_copy(update={"table": anchored(cohort.table), "slides_dir": slides_dir}),
+            "encoder": encoder.model_copy(update={"name": name, "weights": weights}),
+        }
+    )
 
 
 def save_config(settings: RunSettings, path: Path) -> None:
     """Write the whole tree, defaults included, so that the file alone says what was done."""
     write_text(path, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {override!r} is not of the form section.field=value.")
-    *parents, leaf = key.strip().split(".")
-    place = raw
-    for parent in parents:
-        place = place.setdefault(parent, {})
-        if not isinstance(place, dict):
-            raise ConfigError(f"--set {override!r}: {parent} is not a section.")
-    place[leaf] = yaml.safe_load(value)
-
-
-def _anchor(raw: dict[str, Any], base: Path) -> None:
-    """Make relative paths absolute, from the config's folder: a run must not depend on where it is started."""
-    cohort = raw.get("cohort")
-    places = [(raw, "out"), (cohort, "table"), (cohort, "slides_dir"), (raw.get("encoder"), "weights")]
-    for section, field in places:
-        if isinstance(section, dict) and isinstance(section.get(field), str):
-            section[field] = str((base / Path(section[field]).expanduser()).resolve())
-
-
-def _explain(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"]) or "config"
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(problem["loc"][-1]), _field_names(problem["loc"][:-1]), n=1)
-        return f"{where} is no setting" + (f" (did you mean {near[0]}?)" if near else "")
-    if problem["type"] == "missing":
-        return f"{where} is missing"
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"
-
-
-def _field_names(loc: tuple[Any, ...]) -> list[str]:
-    model: Any = RunSettings
-    for part in loc:
-        field = getattr(model, "model_fields", {}).get(part)
-        model = field.annotation if field else None
-    return list(getattr(model, "model_fields", {}))

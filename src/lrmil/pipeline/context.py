@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from lrmil.cohorts.table import Cohort
 from lrmil.encoders import Encoder, encoder_from_settings
-from lrmil.errors import LrmilError
+from lrmil.errors import NotASlide, SlideError
 from lrmil.inference.predict import pick_device
 from lrmil.pipeline.config import RunSettings
 from lrmil.pipeline.folder import Failure, RunFolder
@@ -24,14 +25,27 @@ class SlideEntry:
     slide_id: str
     path: Path
     mpp: float | None
+    """um per level-0 pixel from the cohort table; None: the file says it"""
 
     def open(self) -> Slide:
         """Open the slide with the cohort's mpp, if the cohort gives one."""
         return open_slide(self.path, mpp=self.mpp)
 
+    @cached_property
     def identity(self) -> dict[str, object]:
-        """Return what makes finished work on this slide stale: another file, or another mpp."""
-        status = self.path.stat()
+        """What makes finished work on this slide stale: another file, or another mpp. Looked up once a run.
+
+        Raises:
+            NotASlide: the file cannot be looked at.
+        """
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise NotASlide(
+                f"{self.path} cannot be looked at ({error.strerror or error}).",
+                slide=self.slide_id,
+                fix="Check the path and its permissions.",
+            ) from error
         return {"name": self.path.name, "bytes": status.st_size, "mtime": int(status.st_mtime), "mpp": self.mpp}
 
 
@@ -66,18 +80,20 @@ class Run:
         """Where encoders and heads are trained and applied."""
         return pick_device(self.settings.device)
 
-    def entries(self) -> list[SlideEntry]:
-        """Return the cohort's slides that have not failed, in the cohort's order."""
-        failed = {f.slide_id for f in self.failures}
-        table = self.cohort.labelled()
-        mpps = table["mpp"] if "mpp" in table else [None] * len(table)
-        return [
-            SlideEntry(str(slide_id), Path(path), None if mpp is None or mpp != mpp else float(mpp))
-            for slide_id, path, mpp in zip(table["slide_id"], table["path"], mpps, strict=True)
-            if slide_id not in failed
-        ]
+    def entry(self, slide_id: str) -> SlideEntry:
+        """Return a slide of the cohort, whether it has failed or not."""
+        return self._entries[slide_id]
 
-    def fail(self, slide_id: str, stage: str, error: LrmilError) -> None:
+    def all_entries(self) -> list[SlideEntry]:
+        """Return the cohort's labelled slides, failed or not, in the cohort's order."""
+        return list(self._entries.values())
+
+    def entries(self) -> list[SlideEntry]:
+        """Return the cohort's labelled slides that have not failed, in the cohort's order."""
+        failed = {f.slide_id for f in self.failures}
+        return [entry for entry in self._entries.values() if entry.slide_id not in failed]
+
+    def fail(self, slide_id: str, stage: str, error: SlideError) -> None:
         """Note that a slide cannot be used; the others go on."""
         failure = Failure.of(slide_id, stage, error)
         self.failures.append(failure)
@@ -90,3 +106,12 @@ class Run:
         if student:
             chosen = chosen.model_copy(update={"embedding": chosen.student_embedding})
         return encoder_from_settings(chosen, input_px=chosen.input_px or self.settings.grid.patch_px)
+
+    @cached_property
+    def _entries(self) -> dict[str, SlideEntry]:
+        table = self.cohort.labelled()
+        mpps = table["mpp"] if "mpp" in table else [None] * len(table)
+        return {
+            str(slide_id): SlideEntry(str(slide_id), Path(path), None if mpp is None or mpp != mpp else float(mpp))
+            for slide_id, path, mpp in zip(table["slide_id"], table["path"], mpps, strict=True)
+        }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -12,19 +13,33 @@ import numpy as np
 from lrmil.bags import software_versions
 from lrmil.encoders import Encoder
 from lrmil.geometry import MatchedGrid
-from lrmil.inference.bundle import BundleManifest, HeadSpec, TrainedOn, save_bundle
+from lrmil.inference.bundle import MANIFEST_FILE, BundleManifest, HeadSpec, TrainedOn, save_bundle
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.evaluate import LR_ONLY, LRMIL, TEACHER, Scores
 from lrmil.pipeline.heads import stored_head
+from lrmil.pipeline.keys import model_inputs_key
 from lrmil.settings import fingerprint
+
+
+def discard_stale_model(run: Run) -> None:
+    """Remove model/ if it was made from other settings, slides or labels: it must not pass for this config's model.
+
+    Called before anything is made, so that neither a killed run nor `deploy: false` leaves it beside newer tables.
+    """
+    step = run.folder.fold("final")
+    if run.folder.model.exists() and run.folder.done_facts(step).get("inputs") != model_inputs_key(run):
+        run.reporter.line(f"{run.folder.model} was made from other settings, slides or labels, and is removed.")
+        run.folder.begin(step)
+        shutil.rmtree(run.folder.model)
 
 
 def write_model(
     run: Run, split: Split, grids: Mapping[str, MatchedGrid], teacher: Encoder, student: Encoder, scores: Scores
-) -> BundleManifest:
-    """Write model/ from the parts trained for the final split."""
+) -> None:
+    """Write model/ from the parts trained for the final split, unless it is there already."""
     s = run.settings
-    head = stored_head(run.folder.fold(split.name) / "student")
+    head_step = run.folder.fold(split.name) / "student"
+    head = stored_head(head_step)
     described = head.describe()
     spec = HeadSpec(
         name=described.pop("name"),
@@ -53,15 +68,24 @@ def write_model(
             regions_per_slide=(float(regions[0]), float(regions[1]), float(regions[2])),
         ),
         cross_validation=_metrics(scores),
-        recipe=s.model_dump(mode="json", exclude={"cohort", "out", "device", "threads", "memory_gb"}),
+        recipe=recipe(run),
         software=software_versions(),
     )
-    key = fingerprint(manifest.model_dump(mode="json", exclude={"created", "software", "files"}), student.describe())
-    if run.folder.is_done(run.folder.fold(split.name), key) and (run.folder.model / "bundle.json").is_file():
-        return manifest
-    saved = save_bundle(run.folder.model, manifest, student, head)
-    run.folder.mark_done(run.folder.fold(split.name), key)
-    return saved
+    step = run.folder.fold(split.name)
+    # The head's own key stands for its weights and for those of the encoder below it.
+    content = manifest.model_dump(mode="json", exclude={"created", "software"})
+    key = fingerprint(content, run.folder.done_facts(head_step)["key"])
+    if run.folder.is_done(step, key) and (run.folder.model / MANIFEST_FILE).is_file():
+        return
+    run.folder.begin(step)
+    save_bundle(run.folder.model, manifest, student, head)
+    run.folder.mark_done(step, key, inputs=model_inputs_key(run))
+
+
+def recipe(run: Run) -> dict[str, Any]:
+    """Return the config as far as it made the model: without paths, and without what only this machine cares about."""
+    elsewhere = {"cohort": True, "out": True, "device": True, "threads": True, "memory_gb": True, "deploy": True}
+    return run.settings.model_dump(mode="json", exclude=elsewhere | {"encoder": {"weights"}})
 
 
 def licence_note(encoder: Encoder) -> str:

@@ -13,12 +13,12 @@ from lrmil.encoders import Encoder, load_encoder, save_encoder
 from lrmil.files import write_json
 from lrmil.geometry import MatchedGrid
 from lrmil.pipeline.context import Run, Split
-from lrmil.pipeline.encode import bag_provenance, features_name, region_bag
+from lrmil.pipeline.encode import features_name, region_bag
 from lrmil.pipeline.heads import Outputs
+from lrmil.pipeline.keys import bag_provenance, features_of, stage1_key
 from lrmil.pipeline.pixels import RegionPixels
 from lrmil.pipeline.regions import CachedTargets, CohortRegions, LiveTargets, TargetSource
-from lrmil.pipeline.tile import learned_from
-from lrmil.settings import fingerprint
+from lrmil.training.loop import FitResult
 from lrmil.training.seeds import derive_seed
 from lrmil.training.stage1 import distil_encoder
 
@@ -38,42 +38,12 @@ def distil_fold(
     step = run.folder.fold(split.name) / "stage1"
     key = stage1_key(run, split, teacher)
     if not run.folder.is_done(step, key):
-        # A new encoder for every fold: one that goes on from another fold has seen this fold's test patients.
-        student = run.build_encoder(student=True)
-        sets = {
-            name: CohortRegions(
-                [(pixels[s], _targets(run, s, grids, teacher, teacher_outputs)) for s in split.of(name) if s in grids],
-                name,
-            )
-            for name in ("train", "val")
-        }
-        settings = run.settings.stage1
-        total = settings.epochs * len(sets["train"])
-        with run.reporter.task(f"stage 1, {split.title}", total) as progress:
-            done = 0
-
-            def on_step(so_far: int, of: int) -> None:
-                nonlocal done
-                progress.advance(so_far - done)
-                done = 0 if so_far == of else so_far
-
-            def on_epoch(record: dict[str, Any]) -> None:
-                run.reporter.event("stage1 epoch", fold=split.name, **record)
-                progress.advance(0, note=f"epoch {record['epoch']}, val loss {record['val_loss']:.4f}")
-
-            fit = distil_encoder(
-                student,
-                sets["train"],
-                sets["val"],
-                settings,
-                ratio=run.settings.grid.ratio,
-                seed=derive_seed(run.settings.seed, split.name, "stage1"),
-                device=run.device,
-                on_epoch=on_epoch,
-                on_step=on_step,
-            )
+        run.folder.begin(step)
         # Features of an older student must not outlive it.
         shutil.rmtree(run.folder.fold(split.name) / "features", ignore_errors=True)
+        # A new encoder for every fold: one that goes on from another fold has seen this fold's test patients.
+        student = run.build_encoder(student=True)
+        fit = _train(run, split, grids, pixels, teacher, student, teacher_outputs)
         save_encoder(student, step)
         write_json(
             step / "history.json",
@@ -82,25 +52,64 @@ def distil_fold(
         run.folder.mark_done(
             step, key, best_epoch=fit.best_epoch, val_loss=fit.best.loss, seconds=round(fit.seconds, 1)
         )
-        run.reporter.line(
-            f"  {split.title}: {len(sets['train'])} regions, val loss {fit.history[0]['val_loss']:.4f} after epoch 1, "
-            f"{fit.best.loss:.4f} after epoch {fit.best_epoch}"
-        )
     student = load_encoder(step).to(run.device)
     _encode_fold(run, split, grids, pixels, student)
     return student
 
 
-def stage1_key(run: Run, split: Split, teacher: Encoder) -> str:
-    """Return what a fold's student encoder depends on."""
-    s = run.settings
-    encoder = (teacher.describe(), s.encoder.student_embedding)
-    return fingerprint(*encoder, s.grid, s.stage1, s.seed, split.name, learned_from(run, split))
-
-
 def distilled_layers(run: Run, encoder: Encoder) -> tuple[int, ...]:
     """Return the blocks whose CLS the teacher has to give."""
     return resolve_layers(run.settings.stage1.loss.layers, encoder.depth)
+
+
+def fold_bag(run: Run, split: Split, slide_id: str) -> Path:
+    """Return where the features of a fold's student encoder lie."""
+    return run.folder.fold(split.name) / "features" / f"{slide_id}.h5"
+
+
+def _train(
+    run: Run,
+    split: Split,
+    grids: Mapping[str, MatchedGrid],
+    pixels: RegionPixels,
+    teacher: Encoder,
+    student: Encoder,
+    teacher_outputs: Outputs | None,
+) -> FitResult:
+    """Train `student` on the fold's training slides; its validation slides choose the epoch."""
+    train, val = (
+        CohortRegions([(pixels[s], _targets(run, s, grids, teacher, teacher_outputs)) for s in split.of(part)], part)
+        for part in ("train", "val")
+    )
+    settings = run.settings.stage1
+    with run.reporter.task(f"stage 1, {split.title}", settings.epochs * len(train)) as progress:
+        done = 0
+
+        def on_step(so_far: int, of: int) -> None:
+            nonlocal done
+            progress.advance(so_far - done)
+            done = 0 if so_far == of else so_far
+
+        def on_epoch(record: dict[str, Any]) -> None:
+            run.reporter.event("stage1 epoch", fold=split.name, **record)
+            progress.advance(0, note=f"epoch {record['epoch']}, val loss {record['val_loss']:.4f}")
+
+        fit = distil_encoder(
+            student,
+            train,
+            val,
+            settings,
+            ratio=run.settings.grid.ratio,
+            seed=derive_seed(run.settings.seed, split.name, "stage1"),
+            device=run.device,
+            on_epoch=on_epoch,
+            on_step=on_step,
+        )
+    run.reporter.line(
+        f"  {split.title}: {len(train)} regions, val loss {fit.history[0]['val_loss']:.4f} after epoch 1, "
+        f"{fit.best.loss:.4f} after epoch {fit.best_epoch}"
+    )
+    return fit
 
 
 def _targets(
@@ -110,30 +119,33 @@ def _targets(
     teacher: Encoder,
     outputs: Outputs | None,
 ) -> TargetSource:
+    s = run.settings
     layers = distilled_layers(run, teacher)
     attention = None if outputs is None else outputs[slide_id].attention
-    if run.settings.targets == "on_the_fly":
-        entry = next(e for e in run.entries() if e.slide_id == slide_id)
-        return LiveTargets(entry, grids[slide_id], teacher, layers)
-    name = features_name(teacher, run.settings.grid.hr_mpp, run.settings.encoder.random_seed)
-    return CachedTargets(run.folder.bag(name, slide_id), layers, attention)
+    path = run.folder.bag(features_name(teacher, s.grid.hr_mpp, s.encoder.random_seed), slide_id)
+    if s.targets == "cached":
+        return CachedTargets(path, layers, attention)
+    return LiveTargets(
+        path,
+        layers,
+        attention,
+        entry=run.entry(slide_id),
+        grid=grids[slide_id],
+        teacher=teacher,
+        settings=s.encoder,
+    )
 
 
 def _encode_fold(
     run: Run, split: Split, grids: Mapping[str, MatchedGrid], pixels: RegionPixels, student: Encoder
 ) -> None:
+    features = features_of(run, student)
     entries = [e for e in run.entries() if e.slide_id in grids]
-    described = student.describe()
     with run.reporter.task(f"5x features, {split.title}", len(entries)) as progress:
         for entry in entries:
             grid = grids[entry.slide_id]
             path = fold_bag(run, split, entry.slide_id)
-            provenance = bag_provenance(run, entry, described, grid.scale.lr_mpp, ())
+            provenance = bag_provenance(run, entry, features, grid.scale.lr_mpp)
             if not bag_is_current(path, provenance):
                 write_bag(path, region_bag(run, entry, grid, student, pixels, provenance))
             progress.advance(note=entry.slide_id)
-
-
-def fold_bag(run: Run, split: Split, slide_id: str) -> Path:
-    """Return where the features of a fold's student encoder lie."""
-    return run.folder.fold(split.name) / "features" / f"{slide_id}.h5"

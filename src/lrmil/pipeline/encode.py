@@ -9,13 +9,12 @@ import numpy as np
 
 from lrmil.bags import Bag, bag_is_current, write_bag
 from lrmil.encoders import Encoder, embed
-from lrmil.errors import EncoderError, LrmilError, NoTissue, SlideTooCoarse
+from lrmil.errors import EncoderError, NoTissue, SlideError, SlideTooCoarse
 from lrmil.geometry import MatchedGrid
 from lrmil.inference.stream import child_reads, encode_patches
 from lrmil.pipeline.context import Run, SlideEntry
+from lrmil.pipeline.keys import bag_provenance, features_of
 from lrmil.pipeline.pixels import RegionPixels
-from lrmil.pipeline.tile import tile_key
-from lrmil.slides import Slide
 
 
 def encode_children(run: Run, grids: Mapping[str, MatchedGrid], encoder: Encoder, layers: Sequence[int]) -> None:
@@ -23,51 +22,65 @@ def encode_children(run: Run, grids: Mapping[str, MatchedGrid], encoder: Encoder
 
     A slide without a single child cannot train (too coarse, or too little tissue); it is noted as a failure.
     """
-    name = features_name(encoder, run.settings.grid.hr_mpp, run.settings.encoder.random_seed)
-    entries = [e for e in run.entries() if e.slide_id in grids]
-    described = encoder.describe()
-    total = sum(grids[e.slide_id].num_children for e in entries)
-    with (
-        run.reporter.stage("encode", f"Encoding {total} patches at {run.settings.grid.hr_mpp:g} um/px with {name}"),
-        run.reporter.task("encode", total) as progress,
-    ):
-        for entry in entries:
+    hr_mpp = run.settings.grid.hr_mpp
+    name = features_name(encoder, hr_mpp, run.settings.encoder.random_seed)
+    features = features_of(run, encoder)
+    waiting = []
+    for entry in run.entries():
+        if entry.slide_id in grids:
+            provenance = bag_provenance(run, entry, features, grids[entry.slide_id].scale.hr_mpp)
+            if not bag_is_current(run.folder.bag(name, entry.slide_id), provenance, layers=layers):
+                waiting.append((entry, provenance))
+    total = sum(grids[entry.slide_id].num_children for entry, _ in waiting)
+    title = f"Encoding {total} patches of {len(waiting)} slides at {hr_mpp:g} um/px with {encoder.card.name}"
+    if not waiting:
+        title = f"All slides are encoded at {hr_mpp:g} um/px with {encoder.card.name}"
+    with run.reporter.stage("encode", title), run.reporter.task("encode", total) as progress:
+        for entry, provenance in waiting:
             grid = grids[entry.slide_id]
-            path = run.folder.bag(name, entry.slide_id)
-            provenance = bag_provenance(run, entry, described, grid.scale.hr_mpp, layers)
-            if not bag_is_current(path, provenance):
-                try:
-                    _require_children(grid, entry.slide_id, run.settings.grid.hr_mpp)
-                    with entry.open() as slide:
-                        bag = _encode(run, entry.slide_id, slide, grid, encoder, layers, provenance)
-                    write_bag(path, bag)
-                except LrmilError as error:
-                    if isinstance(error, EncoderError):
-                        raise
-                    run.fail(entry.slide_id, "encode", error)
+            try:
+                _require_children(grid, entry.slide_id, hr_mpp)
+                bag = _child_bag(run, entry, grid, encoder, layers, provenance)
+                write_bag(run.folder.bag(name, entry.slide_id), bag)
+            except SlideError as error:
+                run.fail(entry.slide_id, "encode", error)
+            except EncoderError as error:
+                raise _about_slide(entry, error) from error
             progress.advance(grid.num_children, note=entry.slide_id)
+
+
+def read_regions(run: Run, grids: Mapping[str, MatchedGrid], pixels: RegionPixels) -> None:
+    """Read the regions of every slide, unless that was done before.
+
+    It comes before the folds: a slide whose 5x pixels cannot be decoded fails here, not in the middle of training.
+    """
+    waiting = [e.slide_id for e in run.entries() if e.slide_id in grids and not pixels.is_known(e.slide_id)]
+    total = sum(grids[slide_id].num_regions for slide_id in waiting)
+    if not waiting:
+        return
+    title = f"Reading {total} regions of {len(waiting)} slides at {run.settings.grid.lr_mpp:g} um/px"
+    with run.reporter.stage("read", title), run.reporter.task("read", total) as progress:
+        for slide_id in waiting:
+            try:
+                pixels[slide_id]
+            except SlideError as error:
+                run.fail(slide_id, "read", error)
+            progress.advance(grids[slide_id].num_regions, note=slide_id)
 
 
 def encode_regions(
     run: Run, grids: Mapping[str, MatchedGrid], encoder: Encoder, pixels: RegionPixels, name: str, *, title: str
 ) -> None:
-    """Encode every slide's regions at low resolution into features/`name`/, from pixels that are read only once."""
+    """Encode every slide's regions at low resolution into features/`name`/."""
+    features = features_of(run, encoder)
     entries = [e for e in run.entries() if e.slide_id in grids]
-    described = encoder.describe()
-    total = sum(grids[e.slide_id].num_regions for e in entries)
-    with run.reporter.stage("encode", title), run.reporter.task("encode", total) as progress:
+    with run.reporter.stage("encode", title), run.reporter.task("encode", len(entries)) as progress:
         for entry in entries:
-            grid = grids[entry.slide_id]
+            provenance = bag_provenance(run, entry, features, grids[entry.slide_id].scale.lr_mpp)
             path = run.folder.bag(name, entry.slide_id)
-            provenance = bag_provenance(run, entry, described, grid.scale.lr_mpp, ())
             if not bag_is_current(path, provenance):
-                try:
-                    write_bag(path, region_bag(run, entry, grid, encoder, pixels, provenance))
-                except LrmilError as error:
-                    if isinstance(error, EncoderError):
-                        raise
-                    run.fail(entry.slide_id, "encode", error)
-            progress.advance(grid.num_regions, note=entry.slide_id)
+                write_bag(path, region_bag(run, entry, grids[entry.slide_id], encoder, pixels, provenance))
+            progress.advance(note=entry.slide_id)
 
 
 def region_bag(
@@ -78,14 +91,21 @@ def region_bag(
     pixels: RegionPixels,
     provenance: dict[str, Any],
 ) -> Bag:
-    """Encode the readable regions of one slide."""
+    """Encode the readable regions of one slide.
+
+    Raises:
+        EncoderError: the features are not finite; names the slide.
+    """
+    s = run.settings.encoder
     found = pixels[entry.slide_id]
     rows, images = found.rows, found.images
-    batch = run.settings.encoder.stream_batch
-    features = [
-        embed(encoder, images[i : i + batch], precision=run.settings.encoder.precision).embedding
-        for i in range(0, len(rows), batch)
-    ]
+    try:
+        features = [
+            embed(encoder, images[i : i + s.stream_batch], precision=s.precision, batch_size=s.batch_size).embedding
+            for i in range(0, len(rows), s.stream_batch)
+        ]
+    except EncoderError as error:
+        raise _about_slide(entry, error) from error
     return Bag(
         features=np.concatenate(features).astype(np.float16),
         coords_l0=grid.region_boxes_l0[rows, :2],
@@ -106,59 +126,46 @@ def features_name(encoder: Encoder, mpp: float, random_seed: int | None = None) 
     return f"{name}_{mpp:g}mpp"
 
 
-def bag_provenance(
-    run: Run, entry: SlideEntry, described: dict[str, Any], mpp: float, layers: Sequence[int]
-) -> dict[str, Any]:
-    """Return what a feature file depends on; another provenance means that it must be made again.
-
-    `described` is `Encoder.describe()`, which hashes all weights and so is called once for many slides.
-    """
-    return {
-        "tiles": tile_key(run, entry),
-        "encoder": described,
-        "mpp": mpp,
-        "cls_layers": sorted(layers),
-        "precision": run.settings.encoder.precision,
-    }
-
-
-def _encode(
+def _child_bag(
     run: Run,
-    entry_id: str,
-    slide: Slide,
+    entry: SlideEntry,
     grid: MatchedGrid,
     encoder: Encoder,
     layers: Sequence[int],
     provenance: dict[str, Any],
 ) -> Bag:
     s = run.settings
-    seen = encode_patches(
-        slide,
-        child_reads(grid),
-        grid.scale.patch_px,
-        encoder,
-        batch_size=s.encoder.stream_batch,
-        threads=s.threads,
-        precision=s.encoder.precision,
-        cls_layers=layers,
-        dtype=np.float16,
-        max_unreadable=s.tiles.max_unreadable,
-    )
+    with entry.open() as slide:
+        seen = encode_patches(
+            slide,
+            child_reads(grid),
+            grid.scale.patch_px,
+            encoder,
+            batch_size=s.encoder.stream_batch,
+            forward_batch=s.encoder.batch_size,
+            threads=s.threads,
+            precision=s.encoder.precision,
+            cls_layers=layers,
+            dtype=np.float16,
+            max_unreadable=s.tiles.max_unreadable,
+        )
     if seen.log.unreadable:
-        run.reporter.warn(f"{entry_id}: {len(seen.log.unreadable)} patches cannot be decoded and are left out")
-    order = seen.rows
+        run.reporter.warn(f"{entry.slide_id}: {len(seen.log.unreadable)} patches cannot be decoded and are left out")
+    # Rows ascend, so children come in the order of their regions: that is how stage 1 finds them.
+    order = np.argsort(seen.rows)
+    rows = seen.rows[order]
     return Bag(
-        features=seen.embedding.astype(np.float16, copy=False),
-        coords_l0=grid.child_boxes_l0[order, :2],
-        slide=entry_id,
+        features=seen.embedding[order],
+        coords_l0=grid.child_boxes_l0[rows, :2],
+        slide=entry.slide_id,
         mpp_l0=grid.scale.mpp_l0,
         dimensions_l0=grid.dimensions_l0,
         patch_px=grid.scale.patch_px,
         patch_side_l0=grid.scale.child_side_l0,
         mpp=grid.scale.hr_mpp,
-        region=grid.child_region[order],
-        slot=grid.child_slot[order],
-        layer_cls=seen.cls,
+        region=grid.child_region[rows],
+        slot=grid.child_slot[rows],
+        layer_cls={layer: values[order] for layer, values in seen.cls.items()},
         provenance=provenance,
     )
 
@@ -176,3 +183,8 @@ def _require_children(grid: MatchedGrid, slide_id: str, hr_mpp: float) -> None:
             slide=slide_id,
             fix="Leave it out, or lower tiles.min_child_tissue.",
         )
+
+
+def _about_slide(entry: SlideEntry, error: EncoderError) -> EncoderError:
+    """Say at which slide an encoder failed."""
+    return type(error)(f"{entry.slide_id}: {error.message}", fix=error.fix)

@@ -48,8 +48,8 @@ class TestPredictions:
         self._rows: dict[str, list[tuple[str, int, npt.NDArray[np.floating]]]] = {}
 
     def add(self, method: str, split: Split, outputs: Outputs) -> None:
-        """Add a head's probabilities for the test slides of a fold."""
-        self.add_rows(method, split, {s: outputs[s].probabilities for s in split.test if s in outputs})
+        """Add a head's probabilities for the test slides of a fold, which must be in `outputs`, all of them."""
+        self.add_rows(method, split, {s: outputs[s].probabilities for s in split.test})
 
     def add_rows(self, method: str, split: Split, probabilities: Mapping[str, npt.NDArray[np.floating]]) -> None:
         """Add probabilities (C,) for the test slides of a fold."""
@@ -97,7 +97,10 @@ class Scores:
 
 
 def score_methods(run: Run, predictions: Mapping[str, Predictions], costs: Mapping[str, Cost], dataset: str) -> Scores:
-    """Score every method; write tables/: results.csv, results.md, and the predictions of each method."""
+    """Score every method; write tables/: results.csv, results.md, and the predictions of each method.
+
+    Predictions of methods that are no longer asked for are removed: tables/ holds what one config gave.
+    """
     e = run.settings.evaluation
     rows = [
         result_row(
@@ -118,8 +121,14 @@ def score_methods(run: Run, predictions: Mapping[str, Predictions], costs: Mappi
     folder: Path = run.folder.tables
     write_results(folder / "results.csv", results)
     write_text(folder / "results.md", to_markdown(table))
-    for method, found in predictions.items():
-        found.write_csv(folder / "predictions" / f"{method.lower().replace(' ', '_')}.csv")
+    written = {
+        folder / "predictions" / f"{method.lower().replace(' ', '_')}.csv": m for method, m in predictions.items()
+    }
+    for path, found in written.items():
+        found.write_csv(path)
+    for path in (folder / "predictions").glob("*.csv"):
+        if path not in written:
+            path.unlink()
     return Scores(
         results,
         table,

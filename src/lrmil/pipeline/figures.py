@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 
 from lrmil._version import __version__
@@ -28,7 +26,7 @@ from lrmil.pipeline.context import Run, SlideEntry, Split
 from lrmil.pipeline.deploy import licence_note
 from lrmil.pipeline.evaluate import LR_ONLY, LRMIL, TEACHER, Scores, per_fold_slides
 from lrmil.pipeline.heads import Outputs
-from lrmil.pipeline.timing import SlideCost
+from lrmil.pipeline.timing import SlideCost, machine
 
 OVERVIEW_MPP = 4.0
 
@@ -70,14 +68,17 @@ def attention_pictures(
 def true_areas(entry: SlideEntry) -> list[np.ndarray[Any, Any]]:
     """Return outlines (V, 2), level-0 px, of the areas annotated in <slide>.geojson, beside the slide or in ../truth.
 
-    Areas called "tissue" are left out: they do not say where to look.
+    Areas called "tissue" are left out: they do not say where to look. A file that is not understood shows nothing.
     """
     for folder in (entry.path.parent, entry.path.parent.parent / "truth"):
         path = folder / f"{entry.path.stem}.geojson"
         if path.is_file():
-            features = json.loads(path.read_text(encoding="utf-8"))["features"]
-            wanted = [f for f in features if f.get("properties", {}).get("classification", {}).get("name") != "tissue"]
-            return [np.asarray(ring, np.float64) for f in wanted for ring in _outer_rings(f["geometry"])]
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                features = content if isinstance(content, list) else content["features"]
+                return [ring for feature in features for ring in _outlines(feature)]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+                return []
     return []
 
 
@@ -113,7 +114,7 @@ def write_run_report(
         "attention within the slide; grey outlines are the true areas, where they are known.",
         curves=tuple(_curves(run, folds, scores)),
         times=tuple(_slide_time(method, found) for method, found in costs.items() if found),
-        time_note=_machine(run, costs),
+        time_note=_time_note(run, costs),
         cohort=_cohort_facts(run, folds, encoder),
         splits=per_fold_slides(folds),
         leakage_proof=proof,
@@ -127,7 +128,7 @@ def write_run_report(
         name = re.sub(r"[^a-z0-9]+", "_", picture.title.lower()).strip("_")
         with atomic_path(run.folder.figures / f"{name}.png") as scratch:
             scratch.write_bytes(picture.image)
-    return Path(run.folder.report)
+    return run.folder.report
 
 
 def _examples(run: Run, split: Split, count: int) -> list[SlideEntry]:
@@ -153,12 +154,14 @@ def _boxes(bag: Bag) -> np.ndarray[Any, Any]:
     return np.concatenate([bag.coords_l0, bag.coords_l0 + side], axis=1)
 
 
-def _outer_rings(geometry: dict[str, Any]) -> list[Any]:
-    if geometry["type"] == "Polygon":
-        return [geometry["coordinates"][0]]
-    if geometry["type"] == "MultiPolygon":
-        return [polygon[0] for polygon in geometry["coordinates"]]
-    return []
+def _outlines(feature: dict[str, Any]) -> list[np.ndarray[Any, Any]]:
+    """Outer rings of a GeoJSON feature; a pathologist's file may hold points, and classes that are null."""
+    named = ((feature.get("properties") or {}).get("classification") or {}).get("name")
+    geometry = feature.get("geometry") or {}
+    if named == "tissue" or geometry.get("type") not in ("Polygon", "MultiPolygon"):
+        return []
+    polygons = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
+    return [np.asarray(rings[0], np.float64)[:, :2] for rings in polygons]
 
 
 def _key_numbers(scores: Scores) -> tuple[KeyNumber, ...]:
@@ -221,13 +224,11 @@ def _slide_time(method: str, costs: Sequence[SlideCost]) -> SlideTime:
     return SlideTime(method, tuple((name, mean(part)) for name, part in parts), mean("patches_encoded"))
 
 
-def _machine(run: Run, costs: Mapping[str, Sequence[SlideCost]]) -> str:
+def _time_note(run: Run, costs: Mapping[str, Sequence[SlideCost]]) -> str:
     count = max((len(found) for found in costs.values()), default=0)
-    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{run.device}"
     return (
-        f"Mean of {count} test slides, answered from the file after one warm-up; {platform.machine()}, {device}, "
-        f"{torch.get_num_threads()} torch threads, {run.settings.threads} reader threads. Reading is the time spent "
-        "waiting for pixels: readers run beside the encoder."
+        f"Mean of {count} test slides, answered from the file after one warm-up; {machine(run)}. Reading is the time "
+        "spent waiting for pixels: readers run beside the encoder."
     )
 
 

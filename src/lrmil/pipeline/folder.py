@@ -11,6 +11,8 @@ from typing import Any
 from lrmil.errors import LrmilError
 from lrmil.files import read_json, write_json, write_text
 
+DONE = "done.json"
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -28,27 +30,27 @@ class Failure:
 
 
 class RunFolder:
-    """Names of everything under the output folder.
+    """Names of everything under the output folder, and which steps are done.
 
-    A step is done when its `done.json` holds the key of the settings and inputs it depends on; the file is written
-    last, so a step that was killed is simply repeated.
+    A step is a folder of several files. It is done when its done.json holds the key of the settings and inputs it
+    depends on. The file is removed before anything in the folder changes and written last, so a step that was killed is
+    simply repeated, and never taken for what it was before.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-
-    config = property(lambda self: self.root / "config.yaml")
-    cohort = property(lambda self: self.root / "cohort.csv")
-    splits = property(lambda self: self.root / "splits.csv")
-    failures = property(lambda self: self.root / "failures.csv")
-    log = property(lambda self: self.root / "log.jsonl")
-    tables = property(lambda self: self.root / "tables")
-    report = property(lambda self: self.root / "report.html")
-    figures = property(lambda self: self.root / "figures")
-    model = property(lambda self: self.root / "model")
+        self.config = self.root / "config.yaml"
+        self.cohort = self.root / "cohort.csv"
+        self.splits = self.root / "splits.csv"
+        self.failures = self.root / "failures.csv"
+        self.log = self.root / "log.jsonl"
+        self.tables = self.root / "tables"
+        self.report = self.root / "report.html"
+        self.figures = self.root / "figures"
+        self.model = self.root / "model"
 
     def tiles(self, slide_id: str) -> Path:
-        """Tissue and grid of a slide; beside it lies a picture, .jpg."""
+        """Tissue and grid of a slide; beside it lie a picture, .jpg, and what was read at 5x, .regions.npz."""
         return self.root / "tiles" / f"{slide_id}.npz"
 
     def bag(self, features: str, slide_id: str) -> Path:
@@ -61,14 +63,23 @@ class RunFolder:
 
     def is_done(self, step: Path, key: str) -> bool:
         """Say whether the step with that folder was finished with exactly these settings and inputs."""
+        return self.done_facts(step).get("key") == key
+
+    def done_facts(self, step: Path) -> dict[str, Any]:
+        """Return what `mark_done` noted, `key` among it; empty if the step is not done."""
         try:
-            return bool(read_json(step / "done.json").get("key") == key)
-        except (OSError, ValueError, AttributeError):
-            return False
+            facts = read_json(step / DONE)
+        except (OSError, ValueError):
+            return {}
+        return facts if isinstance(facts, dict) else {}
+
+    def begin(self, step: Path) -> None:
+        """Note that the files of a step are about to change. To be called first."""
+        (step / DONE).unlink(missing_ok=True)
 
     def mark_done(self, step: Path, key: str, **facts: Any) -> None:
         """Note that a step is finished. To be called last."""
-        write_json(step / "done.json", {"key": key, **facts})
+        write_json(step / DONE, {"key": key, **facts})
 
     def write_failures(self, failures: list[Failure]) -> None:
         """Write failures.csv; an empty list removes it."""

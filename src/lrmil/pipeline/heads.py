@@ -14,8 +14,7 @@ from lrmil.bags import Bag, read_bag
 from lrmil.files import atomic_path, read_json, write_json
 from lrmil.mil import MILHead, create_head
 from lrmil.pipeline.context import Run, Split
-from lrmil.pipeline.tile import learned_from
-from lrmil.settings import fingerprint
+from lrmil.pipeline.keys import outputs_key
 from lrmil.training.loop import OnEpoch
 from lrmil.training.stage2 import BagPrediction, SlideBag, TrainedHead, predict_bags
 
@@ -29,41 +28,23 @@ def head_outputs(
 ) -> Outputs:
     """Return what the head of `step` says about every slide in `bags`; train it first unless it is there with `key`.
 
-    Writes head.safetensors, head.json, history.json and outputs.npz into `step`, then done.json.
+    `train` is given the training and the validation slides of the fold, and no others. Writes head.safetensors,
+    head.json and history.json into `step`, then done.json; and outputs.npz, with a key of its own, since test slides
+    may come, go or change while the head stays.
     """
     if not run.folder.is_done(step, key):
-        slides = {name: [slide_bag(run, bags[s], s) for s in split.of(name) if s in bags] for name in ("train", "val")}
-        epochs: list[dict[str, Any]] = []
-        with run.reporter.task(title, 0) as progress:
-
-            def on_epoch(record: dict[str, Any]) -> None:
-                epochs.append(record)
-                progress.advance(note=f"epoch {record['epoch']}, val loss {record['val_loss']:.3f}")
-
-            trained = train(slides["train"], slides["val"], on_epoch)
-        store_head(trained.head, step)
-        fit = trained.fit
-        write_json(
-            step / "history.json",
-            {"epochs": epochs, "best_epoch": fit.best_epoch, "selected_by": fit.selected_by, "notes": fit.notes},
-        )
-        run.folder.mark_done(step, key, best_epoch=fit.best_epoch, val_auc=fit.best.auc, seconds=round(fit.seconds, 2))
-        run.reporter.event("head trained", step=str(step), best_epoch=fit.best_epoch, val_auc=fit.best.auc)
-    # Slides may change after the head was trained, test slides above all: what it says has a key of its own.
-    said_key = fingerprint(key, {slide: bag.provenance.get("tiles") for slide, bag in bags.items()})
+        run.folder.begin(step)
+        _train_and_store(run, step, key, bags, split, title, train)
     path = step / "outputs.npz"
-    outputs = _load_outputs(path, said_key)
+    wanted = outputs_key(run, key, bags)
+    outputs = _load_outputs(path, wanted)
     if outputs is None:
-        found = predict_bags(stored_head(step), [slide_bag(run, bag, s) for s, bag in bags.items()], device=run.device)
-        _store_outputs(found, path, said_key)
-        outputs = {o.slide_id: o for o in found}
+        predictions = predict_bags(
+            stored_head(step), [slide_bag(run, bag, s) for s, bag in bags.items()], device=run.device
+        )
+        _store_outputs(predictions, path, wanted)
+        outputs = {p.slide_id: p for p in predictions}
     return outputs
-
-
-def lesson(run: Run, split: Split) -> dict[str, Any]:
-    """Return what a head learns from in a fold: slides, how they were tiled, their labels, and the task."""
-    labels = {slide: run.cohort.label_of(slide) for slide in (*split.train, *split.val)}
-    return {"slides": learned_from(run, split), "labels": labels, "classes": list(run.cohort.classes)}
 
 
 def slide_bag(run: Run, bag: Bag, slide_id: str) -> SlideBag:
@@ -90,23 +71,47 @@ def stored_head(folder: Path) -> MILHead:
     return head.eval()
 
 
+def _train_and_store(
+    run: Run, step: Path, key: str, bags: Mapping[str, Bag], split: Split, title: str, train: Train
+) -> None:
+    train_bags, val_bags = ([slide_bag(run, bags[s], s) for s in split.of(part)] for part in ("train", "val"))
+    epochs: list[dict[str, Any]] = []
+    with run.reporter.task(title, 0) as progress:
+
+        def on_epoch(record: dict[str, Any]) -> None:
+            epochs.append(record)
+            progress.advance(note=f"epoch {record['epoch']}, val loss {record['val_loss']:.3f}")
+
+        trained = train(train_bags, val_bags, on_epoch)
+    store_head(trained.head, step)
+    fit = trained.fit
+    write_json(
+        step / "history.json",
+        {"epochs": epochs, "best_epoch": fit.best_epoch, "selected_by": fit.selected_by, "notes": fit.notes},
+    )
+    run.folder.mark_done(step, key, best_epoch=fit.best_epoch, val_auc=fit.best.auc, seconds=round(fit.seconds, 2))
+    run.reporter.event("head trained", step=str(step), best_epoch=fit.best_epoch, val_auc=fit.best.auc)
+
+
 def _store_outputs(outputs: Sequence[BagPrediction], path: Path, key: str) -> None:
-    attention = [o.attention_logits for o in outputs]
-    known = [a for a in attention if a is not None]
+    # Not every head gives attention; then all pieces are empty.
+    logits = [np.empty(0, np.float32) if o.attention_logits is None else o.attention_logits for o in outputs]
+    attention = [np.empty(0, np.float32) if o.attention is None else o.attention for o in outputs]
     arrays = {
         "key": np.array(key),
         "slides": np.array([o.slide_id for o in outputs]),
         "logits": np.stack([o.logits for o in outputs]),
         "probabilities": np.stack([o.probabilities for o in outputs]),
-        "lengths": np.array([0 if a is None else len(a) for a in attention]),
-        "attention_logits": np.concatenate(known) if known else np.empty(0, np.float32),
+        "lengths": np.array([len(piece) for piece in attention]),
+        "attention_logits": np.concatenate(logits),
+        "attention": np.concatenate(attention),
     }
     with atomic_path(path) as scratch:
         np.savez(scratch, allow_pickle=False, **arrays)
 
 
 def _load_outputs(path: Path, key: str) -> Outputs | None:
-    """Read outputs; None if they are missing, damaged, or of another key."""
+    """Read outputs; None if there are none with this key."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             if str(stored["key"]) != key:
@@ -114,15 +119,15 @@ def _load_outputs(path: Path, key: str) -> Outputs | None:
             arrays = {name: stored[name] for name in stored.files}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    pieces = np.split(arrays["attention_logits"], np.cumsum(arrays["lengths"])[:-1])
+    ends = np.cumsum(arrays["lengths"])[:-1]
+    pieces = zip(np.split(arrays["attention_logits"], ends), np.split(arrays["attention"], ends), strict=True)
     found: Outputs = {}
-    for row, (slide, piece) in enumerate(zip(arrays["slides"], pieces, strict=True)):
-        logits = piece if len(piece) else None
-        attention = None
-        if logits is not None:
-            exp = np.exp(logits - logits.max())
-            attention = exp / exp.sum()
+    for row, (slide, (logits, attention)) in enumerate(zip(arrays["slides"], pieces, strict=True)):
         found[str(slide)] = BagPrediction(
-            str(slide), arrays["logits"][row], arrays["probabilities"][row], logits, attention
+            slide_id=str(slide),
+            logits=arrays["logits"][row],
+            probabilities=arrays["probabilities"][row],
+            attention_logits=logits if len(logits) else None,
+            attention=attention if len(attention) else None,
         )
     return found

@@ -15,6 +15,7 @@ from lrmil.encoders import Encoder
 from lrmil.errors import BagError, ConfigError
 from lrmil.geometry import IntArray, MatchedGrid
 from lrmil.inference.stream import child_reads, encode_patches
+from lrmil.pipeline.config import HREncoderSettings
 from lrmil.pipeline.context import SlideEntry
 from lrmil.pipeline.pixels import SlidePixels
 from lrmil.training.stage1 import RegionBatch
@@ -49,17 +50,15 @@ class TargetSource(Protocol):
 
 
 class CachedTargets:
-    """Targets from a feature file that keeps the CLS of the distilled layers; mapped, so that a cohort need not fit."""
+    """Targets from a 20x feature file that keeps the CLS of the distilled layers; read as they are needed."""
 
     def __init__(self, path: Path, layers: Sequence[int], attention: npt.NDArray[np.floating] | None = None) -> None:
-        names = {layer: f"layer_cls/{layer}" for layer in layers}
-        stored = map_rows(path, ["region", "slot", "features", *names.values()])
-        self._region, self._slot = np.asarray(stored["region"]), np.asarray(stored["slot"])
+        stored = map_rows(path, ["region", "slot", "features", *(f"layer_cls/{layer}" for layer in layers)])
+        self._region, self._slot = stored["region"][:], stored["slot"][:]
         if (np.diff(self._region) < 0).any():
             raise BagError(f"{path}: children are not in the order of their regions.", fix="Encode the slide again.")
-        self._cls = {layer: stored[name] for layer, name in names.items()}
-        self._embedding = None if attention is None else stored["features"]
-        self._attention = attention
+        self._cls = {layer: stored[f"layer_cls/{layer}"] for layer in layers}
+        self._features, self._attention = stored["features"], attention
 
     def rows_with_children(self) -> IntArray:
         """See `TargetSource`."""
@@ -69,32 +68,50 @@ class CachedTargets:
         """See `TargetSource`."""
         first = np.searchsorted(self._region, rows, side="left")
         last = np.searchsorted(self._region, rows, side="right")
-        counts = last - first
-        chosen = np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)])
+        children = np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)])
+        cls = {layer: stored[children] for layer, stored in self._cls.items()}
+        return self._targets(cls, np.repeat(np.arange(len(rows)), last - first), children)
+
+    def _targets(self, cls: Mapping[int, npt.NDArray[np.floating]], position: IntArray, children: IntArray) -> Targets:
+        """Add what the teacher head needs; `children` are rows of the feature file."""
         return Targets(
-            cls={layer: values[chosen] for layer, values in self._cls.items()},
-            region=np.repeat(np.arange(len(rows)), counts),
-            slot=self._slot[chosen],
-            embedding=None if self._embedding is None else self._embedding[chosen],
-            attention=None if self._attention is None else self._attention[chosen],
+            cls=cls,
+            region=position,
+            slot=self._slot[children],
+            embedding=None if self._attention is None else self._features[children],
+            attention=None if self._attention is None else self._attention[children],
         )
 
 
-class LiveTargets:
-    """Targets that the teacher encoder computes from the slide each time: slow, but nothing is stored."""
+class LiveTargets(CachedTargets):
+    """Targets whose CLS the teacher encoder computes from the slide each time: slow, but no layers are stored.
 
-    def __init__(self, entry: SlideEntry, grid: MatchedGrid, teacher: Encoder, layers: Sequence[int]) -> None:
-        self._entry, self._grid, self._teacher, self._layers = entry, grid, teacher, tuple(layers)
+    Which children could be read, and their embeddings, are in the 20x feature file all the same.
+    """
 
-    def rows_with_children(self) -> IntArray:
-        """See `TargetSource`."""
-        return np.flatnonzero(self._grid.children_per_region > 0)
+    def __init__(
+        self,
+        path: Path,
+        layers: Sequence[int],
+        attention: npt.NDArray[np.floating] | None = None,
+        *,
+        entry: SlideEntry,
+        grid: MatchedGrid,
+        teacher: Encoder,
+        settings: HREncoderSettings,
+    ) -> None:
+        super().__init__(path, (), attention)
+        self._layers = tuple(layers)
+        self._entry, self._grid, self._teacher, self._settings = entry, grid, teacher, settings
+        # Rows of the feature file are children of the grid without those that could not be read.
+        codes = grid.child_region * grid.scale.ratio**2 + grid.child_slot
+        self._grid_row = np.searchsorted(codes, self._region * grid.scale.ratio**2 + self._slot)
 
     def of(self, rows: IntArray) -> Targets:
         """See `TargetSource`.
 
         Raises:
-            TooManyUnreadable: none of the children can be decoded.
+            TooManyUnreadable: none of the children can be decoded any more.
         """
         with self._entry.open() as slide:
             seen = encode_patches(
@@ -102,16 +119,18 @@ class LiveTargets:
                 child_reads(self._grid, rows),
                 self._grid.scale.patch_px,
                 self._teacher,
-                batch_size=64,
+                batch_size=self._settings.stream_batch,
+                forward_batch=self._settings.batch_size,
                 threads=1,
+                precision=self._settings.precision,
                 cls_layers=self._layers,
             )
-        position = {int(row): i for i, row in enumerate(rows)}
-        return Targets(
-            cls=seen.cls,
-            region=np.array([position[int(r)] for r in self._grid.child_region[seen.rows]], dtype=np.int64),
-            slot=self._grid.child_slot[seen.rows],
-        )
+        children = np.minimum(np.searchsorted(self._grid_row, seen.rows), len(self._grid_row) - 1)
+        known = self._grid_row[children] == seen.rows
+        position = np.full(self._grid.num_regions, -1, np.int64)
+        position[rows] = np.arange(len(rows))
+        cls = {layer: values[known] for layer, values in seen.cls.items()}
+        return self._targets(cls, position[self._grid.child_region[seen.rows[known]]], children[known])
 
 
 class CohortRegions:
@@ -133,18 +152,18 @@ class CohortRegions:
     def batch(self, indices: IntArray) -> RegionBatch:
         """Return these regions; see `RegionBatches`."""
         items = self._items[indices]
-        images: list[npt.NDArray[np.uint8] | None] = [None] * len(items)
+        pictures: list[npt.NDArray[np.uint8]] = []
         found: list[tuple[Targets, IntArray]] = []
         for index in np.unique(items[:, 0]):
             pixels, targets = self._slides[index]
             positions = np.flatnonzero(items[:, 0] == index)
             places = items[positions, 1]
-            for position, place in zip(positions, places, strict=True):
-                images[position] = pixels.images[place]
+            pictures.append(pixels.images[places])
             found.append((targets.of(pixels.rows[places]), positions))
         layers = found[0][0].cls
+        asked_order = np.argsort(np.concatenate([positions for _, positions in found]))
         return RegionBatch(
-            images=np.stack([image for image in images if image is not None]),
+            images=np.concatenate(pictures)[asked_order],
             teacher_cls={layer: np.concatenate([t.cls[layer] for t, _ in found]) for layer in layers},
             region=np.concatenate([positions[t.region] for t, positions in found]),
             slot=np.concatenate([t.slot for t, _ in found]),

@@ -48,8 +48,6 @@ class Reporter:
         self.quiet = quiet
         self.fancy = self.console.is_terminal and not quiet
         self._log = log
-        if log is not None:
-            log.parent.mkdir(parents=True, exist_ok=True)
 
     def line(self, text: str) -> None:
         """Print one line (nothing if quiet)."""
@@ -64,6 +62,8 @@ class Reporter:
     def event(self, kind: str, **facts: Any) -> None:
         """Append one line to log.jsonl."""
         if self._log is not None:
+            # Made here and not before: a call that is refused should leave no folder behind.
+            self._log.parent.mkdir(parents=True, exist_ok=True)
             record = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": kind, **facts}
             with self._log.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(record, default=str) + "\n")

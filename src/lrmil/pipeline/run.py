@@ -9,18 +9,19 @@ from functools import cached_property
 import numpy as np
 
 from lrmil.bags import Bag
-from lrmil.cohorts.table import Cohort, load_cohort
+from lrmil.cohorts.table import load_cohort
 from lrmil.encoders import Encoder, create_encoder
-from lrmil.errors import CohortError, ConfigError
+from lrmil.errors import ConfigError
 from lrmil.evaluation import Cost
 from lrmil.evaluation.report import Picture
-from lrmil.geometry import MatchedGrid, check_token_grid
-from lrmil.pipeline.baselines import colour_histogram, colour_probabilities
+from lrmil.geometry import MatchedGrid
+from lrmil.pipeline.baselines import colour_probabilities
+from lrmil.pipeline.checks import require_fitting_parts, require_usable_slides
 from lrmil.pipeline.config import RunSettings, save_config
-from lrmil.pipeline.context import Run, SlideEntry, Split
-from lrmil.pipeline.deploy import write_model
+from lrmil.pipeline.context import Run, Split
+from lrmil.pipeline.deploy import discard_stale_model, write_model
 from lrmil.pipeline.distill import distil_fold, distilled_layers, fold_bag
-from lrmil.pipeline.encode import encode_children, encode_regions, features_name
+from lrmil.pipeline.encode import encode_children, encode_regions, features_name, read_regions
 from lrmil.pipeline.evaluate import (
     COLOUR,
     LR_ONLY,
@@ -61,16 +62,15 @@ class Study:
     """The state of a run between stages. Stages call `self.run`; what is expensive is made once and kept here."""
 
     run: Run
+    encoder: Encoder
+    """The frozen HR encoder, on the run's device"""
     grids: dict[str, MatchedGrid] = field(default_factory=dict)
     folds: list[Split] = field(default_factory=list)
     proof: str = ""
     students: dict[str, Encoder] = field(default_factory=dict)
+    """Student encoders, by split"""
     teacher_answers: dict[str, Outputs] = field(default_factory=dict)
-
-    @cached_property
-    def encoder(self) -> Encoder:
-        """The frozen HR encoder, on the run's device."""
-        return self.run.build_encoder().to(self.run.device)
+    student_answers: dict[str, Outputs] = field(default_factory=dict)
 
     @cached_property
     def pixels(self) -> RegionPixels:
@@ -85,12 +85,7 @@ class Study:
     @property
     def slides(self) -> list[str]:
         """Ids of the slides that are tiled and have not failed."""
-        return [e.slide_id for e in self.entries]
-
-    @property
-    def entries(self) -> list[SlideEntry]:
-        """The slides that are tiled and have not failed."""
-        return [e for e in self.run.entries() if e.slide_id in self.grids]
+        return [e.slide_id for e in self.run.entries() if e.slide_id in self.grids]
 
     def student_bags(self, split: Split) -> dict[str, Bag]:
         """5x features of all slides by a fold's student encoder."""
@@ -107,20 +102,19 @@ def run_all(
     """
     study = _start(settings, reporter)
     run = study.run
+    discard_stale_model(run)
     for stage in STAGES:
         _do(study, stage)
     found = TestPredictions(run)
-    students: dict[str, Outputs] = {}
     for split in study.folds:
-        students[split.name] = _student(study, split)
         found.add(TEACHER, split, study.teacher_answers[split.name])
-        found.add(LRMIL, split, students[split.name])
+        found.add(LRMIL, split, study.student_answers[split.name])
     others = _baselines(study, found)
     costs = _measure(study)
     dataset = run.cohort.name
     scores = score_methods(run, found.all(), {m: _cost(c) for m, c in costs.items()}, dataset)
     with reporter.stage("report", "Drawing the report"):
-        pictures = _pictures(study, students, others)
+        pictures = _pictures(study, others)
         report = write_run_report(
             run,
             study.folds,
@@ -137,7 +131,7 @@ def run_all(
     if settings.deploy:
         split = deployment_split(run, study.slides)
         with reporter.stage("deploy", "Training the model to deploy, on everything"):
-            _teacher(study, split, study.encoder)
+            _teacher(study, split)
             _distil(study, split)
             _student(study, split)
             write_model(run, split, study.grids, study.encoder, study.students[split.name], scores)
@@ -156,7 +150,7 @@ def run_until(stage: str, settings: RunSettings, reporter: Reporter) -> Outcome:
 
 
 def _start(settings: RunSettings, reporter: Reporter) -> Study:
-    folder = RunFolder(settings.out)
+    """Check all that can be checked at once, then write what the output folder begins with."""
     c = settings.cohort
     cohort = load_cohort(
         c.table,
@@ -167,41 +161,27 @@ def _start(settings: RunSettings, reporter: Reporter) -> Study:
         num_folds=settings.folds.num_folds,
     )
     reporter.line(cohort.summary())
-    _require_slides(cohort)
-    run = Run(settings, folder, cohort, reporter)
-    study = Study(run)
-    # The encoder comes first: a missing weight file should not be found out after an hour of tiling.
-    check_token_grid(study.encoder.token_grid_side, settings.grid.ratio)
-    distilled_layers(run, study.encoder)
-    folder.root.mkdir(parents=True, exist_ok=True)
-    save_config(settings, folder.config)
-    cohort.write(folder.cohort)
-    folder.write_failures([])
-    reporter.event("run started", out=str(folder.root), slides=len(cohort.table))
-    return study
-
-
-def _require_slides(cohort: Cohort) -> None:
-    labelled = cohort.labelled()
-    without = [] if "path" in labelled else list(labelled["slide_id"])
-    if "path" in labelled:
-        without = list(labelled.loc[labelled["path"].isna(), "slide_id"])
-    if without:
-        raise CohortError(
-            f"{cohort.source}: {len(without)} slides have no path (first: {without[0]}); distillation needs pixels.",
-            fix="Add a path column, or name the folder of the slides as cohort.slides_dir.",
-        )
+    require_usable_slides(cohort)
+    run = Run(settings, RunFolder(settings.out), cohort, reporter)
+    encoder = run.build_encoder().to(run.device)
+    require_fitting_parts(run, encoder)
+    save_config(settings, run.folder.config)
+    cohort.write(run.folder.cohort)
+    run.folder.write_failures([])
+    reporter.event("run started", out=str(run.folder.root), slides=len(cohort.table))
+    return Study(run, encoder)
 
 
 def _do(study: Study, stage: str) -> None:
     run, s = study.run, study.run.settings
     if stage == "tile":
         study.grids.update(tile_cohort(run))
-        if not study.slides:
-            raise ConfigError("no slide could be tiled.", fix=f"Every reason is in {run.folder.failures}.")
+        _require_some(study)
     elif stage == "encode":
         layers = distilled_layers(run, study.encoder) if s.targets == "cached" else ()
         encode_children(run, study.grids, study.encoder, layers)
+        read_regions(run, study.grids, study.pixels)
+        _require_some(study)
         study.folds, study.proof = make_splits(run, study.slides)
     elif stage == "distill":
         if s.stage1.loss.lambda_attention_feature:
@@ -213,28 +193,37 @@ def _do(study: Study, stage: str) -> None:
     elif stage == "teacher":
         with run.reporter.stage("teacher", "Stage 2.1: training the 20x teacher head of each fold"):
             for split in study.folds:
-                _teacher(study, split, study.encoder)
+                _teacher(study, split)
     else:
         with run.reporter.stage("student", "Stage 2.2: training the 5x student head of each fold"):
             for split in study.folds:
                 _student(study, split)
 
 
+def _require_some(study: Study) -> None:
+    if not study.slides:
+        failures = study.run.failures
+        raise ConfigError(
+            f"none of the {len(failures)} slides can be used; the first: {failures[0].message}",
+            fix=f"Every reason is in {study.run.folder.failures}.",
+        )
+
+
 def _distil(study: Study, split: Split) -> None:
     answers = None
     if study.run.settings.stage1.loss.lambda_attention_feature:
-        answers = _teacher(study, split, study.encoder)
+        answers = _teacher(study, split)
     study.students[split.name] = distil_fold(study.run, split, study.grids, study.pixels, study.encoder, answers)
 
 
-def _teacher(study: Study, split: Split, encoder: Encoder) -> Outputs:
+def _teacher(study: Study, split: Split) -> Outputs:
     if split.name not in study.teacher_answers:
-        study.teacher_answers[split.name] = teacher_outputs(study.run, split, study.hr_bags, encoder)
+        study.teacher_answers[split.name] = teacher_outputs(study.run, split, study.hr_bags, study.encoder)
     return study.teacher_answers[split.name]
 
 
-def _student(study: Study, split: Split) -> Outputs:
-    return student_outputs(
+def _student(study: Study, split: Split) -> None:
+    study.student_answers[split.name] = student_outputs(
         study.run,
         split,
         study.student_bags(split),
@@ -253,7 +242,7 @@ def _baselines(study: Study, found: TestPredictions) -> dict[str, tuple[dict[str
         for split in study.folds:
             found.add_majority(split)
     if "colour_histogram" in wanted:
-        histograms = {s: colour_histogram(study.pixels, s) for s in study.slides}
+        histograms = {s: study.pixels.colours(s) for s in study.slides}
         for split in study.folds:
             answers = colour_probabilities(run, split, histograms, split.test)
             found.add_rows(COLOUR, split, dict(zip(split.test, answers, strict=True)))
@@ -284,16 +273,16 @@ def _baselines(study: Study, found: TestPredictions) -> dict[str, tuple[dict[str
 def _measure(study: Study) -> dict[str, list[SlideCost]]:
     """Time the teacher and LRMIL on some test slides of the first fold, from the files."""
     run, split = study.run, study.folds[0]
-    chosen = [e for e in study.entries if e.slide_id in split.test][: run.settings.evaluation.timed_slides]
+    chosen = [run.entry(slide) for slide in split.test][: run.settings.evaluation.timed_slides]
     fold = run.folder.fold(split.name)
     with run.reporter.stage("time", f"Timing answers on {len(chosen)} slides"):
         costs = {
-            TEACHER: time_answers(run, chosen, study.encoder, stored_head(fold / "teacher"), "hr"),
-            LRMIL: time_answers(run, chosen, study.students[split.name], stored_head(fold / "student"), "lr"),
+            TEACHER: time_answers(run, TEACHER, chosen, study.encoder, stored_head(fold / "teacher"), "hr"),
+            LRMIL: time_answers(run, LRMIL, chosen, study.students[split.name], stored_head(fold / "student"), "lr"),
         }
         if "lr_only" in run.settings.evaluation.baselines:
             encoder = run.build_encoder(student=True)
-            costs[LR_ONLY] = time_answers(run, chosen, encoder, stored_head(fold / "lr_only"), "lr")
+            costs[LR_ONLY] = time_answers(run, LR_ONLY, chosen, encoder, stored_head(fold / "lr_only"), "lr")
     return costs
 
 
@@ -303,15 +292,13 @@ def _cost(costs: Sequence[SlideCost]) -> Cost:
     return Cost(float(np.mean([c.patches_encoded for c in costs])), float(np.mean([c.total_s for c in costs])))
 
 
-def _pictures(
-    study: Study, students: Mapping[str, Outputs], others: Mapping[str, tuple[dict[str, Bag], dict[str, Outputs]]]
-) -> list[Picture]:
+def _pictures(study: Study, others: Mapping[str, tuple[dict[str, Bag], dict[str, Outputs]]]) -> list[Picture]:
     split = study.folds[0]
     answers = {TEACHER: study.teacher_answers[split.name]}
     bags: dict[str, Mapping[str, Bag]] = {TEACHER: study.hr_bags}
     for method, (own_bags, own_answers) in others.items():
         answers[method], bags[method] = own_answers[split.name], own_bags
-    answers[LRMIL], bags[LRMIL] = students[split.name], study.student_bags(split)
+    answers[LRMIL], bags[LRMIL] = study.student_answers[split.name], study.student_bags(split)
     return attention_pictures(study.run, split, study.grids, answers, bags)
 
 

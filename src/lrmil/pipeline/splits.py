@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from lrmil.errors import CohortError
 from lrmil.pipeline.context import Run, Split
 from lrmil.training.folds import FINAL, Splits, final_split, folds_for
 from lrmil.training.leakage import leakage_proof
@@ -32,6 +33,8 @@ def make_splits(run: Run, usable: Collection[str]) -> tuple[list[Split], str]:
         _split(run, splits, name, str(number), f"fold {number + 1} of {splits.num_folds}", usable)
         for number, name in enumerate(splits.names)
     ]
+    for fold in folds:
+        _require_parts(run, fold)
     return folds, proof
 
 
@@ -42,7 +45,9 @@ def deployment_split(run: Run, usable: Collection[str]) -> Split:
     splits = final_split(
         list(table["patient_id"]), list(table[s.cohort.task]), num_folds=s.folds.num_folds, seed=s.folds.seed
     )
-    return _split(run, splits, FINAL, FINAL, "final model", usable)
+    split = _split(run, splits, FINAL, FINAL, "final model", usable)
+    _require_parts(run, split)
+    return split
 
 
 def _split(run: Run, splits: Splits, column: str, name: str, title: str, usable: Collection[str]) -> Split:
@@ -53,3 +58,14 @@ def _split(run: Run, splits: Splits, column: str, name: str, title: str, usable:
         if slide_id in usable:
             slides[str(part)].append(str(slide_id))
     return Split(name, title, tuple(slides["train"]), tuple(slides["val"]), tuple(slides["test"]))
+
+
+def _require_parts(run: Run, split: Split) -> None:
+    """A fold without training or validation slides should be found out before anything is trained."""
+    for part, name in (("train", "training"), ("val", "validation")):
+        if not split.of(part):
+            failed = f" ({len(run.failures)} slides failed, see {run.folder.failures})" if run.failures else ""
+            raise CohortError(
+                f"{run.cohort.source}: {split.title} has no {name} slide{failed}.",
+                fix="Use fewer folds, add patients, or complete the cohort's own folds.",
+            )

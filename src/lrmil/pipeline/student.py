@@ -11,9 +11,9 @@ from lrmil.encoders import Encoder
 from lrmil.errors import BagError
 from lrmil.geometry import IntArray
 from lrmil.pipeline.context import Run, Split
-from lrmil.pipeline.heads import Outputs, head_outputs, lesson
+from lrmil.pipeline.heads import Outputs, head_outputs
+from lrmil.pipeline.keys import student_key
 from lrmil.pipeline.teacher import label_head_outputs
-from lrmil.settings import fingerprint
 from lrmil.training.loop import OnEpoch
 from lrmil.training.seeds import derive_seed
 from lrmil.training.stage2 import SlideBag, TeacherSignal, TrainedHead, teacher_signal, train_student
@@ -32,8 +32,7 @@ def student_outputs(
     s = run.settings
     # The same seed as the heads trained on labels alone: with all lambdas 0 the student is that head, bit for bit.
     seed = derive_seed(s.seed, split.name, "head")
-    encoders = (student.describe(), teacher_encoder.describe())
-    key = fingerprint("student", *encoders, lesson(run, split), s.teacher, s.student, seed)
+    key = student_key(run, split, student, teacher_encoder)
 
     def train(train_bags: Sequence[SlideBag], val_bags: Sequence[SlideBag], on_epoch: OnEpoch) -> TrainedHead:
         signals = {

@@ -8,8 +8,8 @@ from lrmil.bags import Bag
 from lrmil.encoders import Encoder
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.encode import features_name
-from lrmil.pipeline.heads import Outputs, head_outputs, lesson, read_bags
-from lrmil.settings import fingerprint
+from lrmil.pipeline.heads import Outputs, head_outputs, read_bags
+from lrmil.pipeline.keys import label_head_key
 from lrmil.training.loop import OnEpoch
 from lrmil.training.seeds import derive_seed
 from lrmil.training.stage2 import SlideBag, TrainedHead, train_teacher
@@ -41,7 +41,7 @@ def label_head_outputs(
     """
     s = run.settings
     seed = derive_seed(s.seed, split.name, "head")
-    key = fingerprint(name, encoder.describe(), lesson(run, split), s.teacher, seed)
+    key = label_head_key(run, split, encoder, name)
 
     def train(train_bags: Sequence[SlideBag], val_bags: Sequence[SlideBag], on_epoch: OnEpoch) -> TrainedHead:
         return train_teacher(

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import zipfile
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
-from lrmil.errors import LrmilError
+from lrmil.errors import SlideError
 from lrmil.files import atomic_path
 from lrmil.geometry import MatchedGrid, SlideScale
 from lrmil.inference.images import save_image
 from lrmil.inference.prepare import prepare_slide
-from lrmil.pipeline.context import Run, SlideEntry, Split
-from lrmil.settings import fingerprint
+from lrmil.pipeline.context import Run, SlideEntry
+from lrmil.pipeline.keys import tile_key
 from lrmil.tissue import overlay
 
 
@@ -29,21 +29,25 @@ def tile_cohort(run: Run) -> dict[str, MatchedGrid]:
         run.reporter.task("tile", len(entries)) as progress,
         ThreadPoolExecutor(run.settings.threads) as pool,
     ):
-        jobs = {pool.submit(_tile_slide, run, entry): entry for entry in entries}
-        for job in as_completed(jobs):
-            slide_id = jobs[job].slide_id
-            try:
-                grids[slide_id] = job.result()
-            except LrmilError as error:
-                run.fail(slide_id, "tile", error)
-            progress.advance(note=slide_id)
-    regions = [g.num_regions for g in grids.values()]
+        jobs = {entry.slide_id: pool.submit(_tile_slide, run, entry) for entry in entries}
+        try:
+            for slide_id, job in jobs.items():
+                try:
+                    grids[slide_id] = job.result()
+                except SlideError as error:
+                    run.fail(slide_id, "tile", error)
+                progress.advance(note=slide_id)
+        except BaseException:
+            # Leaving the pool waits for what it has begun, not for a thousand slides in its queue.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    regions = sum(g.num_regions for g in grids.values())
     children = sum(g.num_children for g in grids.values())
     snapped = sum(g.scale.snapped for g in grids.values())
     run.reporter.line(
-        f"  {len(grids)} slides, {sum(regions)} regions, {children} children; {snapped} slides on whole-pixel scales"
+        f"  {len(grids)} slides, {regions} regions, {children} children; {snapped} slides on whole-pixel scales"
     )
-    return {entry.slide_id: grids[entry.slide_id] for entry in entries if entry.slide_id in grids}
+    return grids
 
 
 def save_grid(grid: MatchedGrid, path: Path, key: str) -> None:
@@ -55,30 +59,18 @@ def save_grid(grid: MatchedGrid, path: Path, key: str) -> None:
         np.savez(handle, allow_pickle=False, meta=np.array(meta), **arrays)
 
 
-def load_grid(path: Path, key: str | None = None) -> MatchedGrid | None:
+def load_grid(path: Path, key: str) -> MatchedGrid | None:
     """Read a grid; None if the file is missing, damaged, or made with another key."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             meta = json.loads(str(stored["meta"]))
-            if key is not None and meta["key"] != key:
+            if meta["key"] != key:
                 return None
             arrays = {name: stored[name] for name in stored.files if name != "meta"}
         width_l0, height_l0 = meta["dimensions_l0"]
         return MatchedGrid(scale=SlideScale(**meta["scale"]), dimensions_l0=(width_l0, height_l0), **arrays)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
-
-
-def tile_key(run: Run, entry: SlideEntry) -> str:
-    """Return what the tiling of a slide depends on."""
-    s = run.settings
-    return fingerprint(entry.identity(), s.grid, s.tissue, s.tiles)
-
-
-def learned_from(run: Run, split: Split) -> dict[str, list[tuple[str, str]]]:
-    """Return what anything trained on a fold depends on: its training and validation slides, and how each was tiled."""
-    keys = {e.slide_id: tile_key(run, e) for e in run.entries()}
-    return {part: [(slide, keys[slide]) for slide in sorted(split.of(part))] for part in ("train", "val")}
 
 
 def _tile_slide(run: Run, entry: SlideEntry) -> MatchedGrid:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from lrmil.encoders import Encoder
+from lrmil.files import read_json, write_json
 from lrmil.inference.prepare import prepare_slide
 from lrmil.inference.stream import child_reads, encode_patches, region_reads
 from lrmil.mil import MILHead
 from lrmil.pipeline.context import Run, SlideEntry
+from lrmil.pipeline.keys import tile_key
+from lrmil.settings import fingerprint
 from lrmil.slides import io_counter
 
 Resolution = Literal["lr", "hr"]
@@ -36,14 +41,49 @@ class SlideCost:
 
 
 def time_answers(
-    run: Run, entries: Sequence[SlideEntry], encoder: Encoder, head: MILHead, resolution: Resolution
+    run: Run, method: str, entries: Sequence[SlideEntry], encoder: Encoder, head: MILHead, resolution: Resolution
 ) -> list[SlideCost]:
-    """Answer each slide from its file and time it; the first slide is answered once more before, to warm up."""
-    encoder, head = encoder.to(run.device), head.to(run.device)
+    """Answer each slide from its file and time it; the first slide is answered once more before, to warm up.
+
+    What was measured is kept in tables/seconds.json, and measured again only where slides, settings, machine, encoder
+    or head are others. Their weights take no part in it: they do not change how long an answer takes.
+    """
     if not entries:
         return []
-    _answer(run, entries[0], encoder, head, resolution)
-    return [_answer(run, entry, encoder, head, resolution) for entry in entries]
+    path = run.folder.tables / "seconds.json"
+    known = _read(path)
+    key = _key(run, entries, encoder, head, resolution)
+    if known.get(method, {}).get("key") != key:
+        encoder, head = encoder.to(run.device), head.to(run.device)
+        _answer(run, entries[0], encoder, head, resolution)
+        costs = [_answer(run, entry, encoder, head, resolution) for entry in entries]
+        known[method] = {"key": key, "slides": [asdict(cost) for cost in costs]}
+        write_json(path, known)
+    return [SlideCost(**cost) for cost in known[method]["slides"]]
+
+
+def machine(run: Run) -> str:
+    """Say what answers are timed on."""
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else str(run.device)
+    threads = f"{torch.get_num_threads()} torch threads, {run.settings.threads} reader threads"
+    return f"{platform.machine()}, {device}, {threads}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        known = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _key(run: Run, entries: Sequence[SlideEntry], encoder: Encoder, head: MILHead, resolution: Resolution) -> str:
+    architecture = encoder.describe()
+    del architecture["weights_sha256"]
+    tiles = {entry.slide_id: tile_key(run, entry) for entry in entries}
+    s = run.settings.encoder
+    reading = (s.precision, s.stream_batch, s.batch_size)
+    return fingerprint(tiles, architecture, head.describe(), resolution, reading, machine(run))
 
 
 def _answer(run: Run, entry: SlideEntry, encoder: Encoder, head: MILHead, resolution: Resolution) -> SlideCost:
@@ -51,20 +91,24 @@ def _answer(run: Run, entry: SlideEntry, encoder: Encoder, head: MILHead, resolu
     began, bytes_before = time.perf_counter(), io_counter()
     with entry.open() as slide:
         prepared = prepare_slide(slide, s.grid, s.tissue, s.tiles)
-        reads = region_reads(prepared.grid) if resolution == "lr" else child_reads(prepared.grid)
+        low = resolution == "lr"
+        reads = region_reads(prepared.grid) if low else child_reads(prepared.grid)
+        boxes_l0 = prepared.grid.region_boxes_l0 if low else prepared.grid.child_boxes_l0
         seen = encode_patches(
             slide,
             reads,
             prepared.grid.scale.patch_px,
             encoder,
             batch_size=s.encoder.stream_batch,
+            forward_batch=s.encoder.batch_size,
             threads=s.threads,
             precision=s.encoder.precision,
         )
     start = time.perf_counter()
     with torch.inference_mode():
         # Moving the answer back waits for the device, so the clock stops when it is really there.
-        head(torch.from_numpy(seen.embedding).float().to(run.device)).logits.cpu()
+        bag = torch.from_numpy(seen.embedding).to(run.device, torch.float32)
+        head(bag, coords=torch.from_numpy(boxes_l0[seen.rows, :2].copy()).to(run.device)).logits.cpu()
     ended = time.perf_counter()
     bytes_after = io_counter()
     known = prepared.seconds + seen.encoding_s + (ended - start)

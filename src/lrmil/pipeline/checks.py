@@ -1,0 +1,68 @@
+"""What would stop a run after hours is found out at its start, before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+
+import numpy as np
+
+from lrmil.cohorts.table import Cohort
+from lrmil.distill import resolve_layers
+from lrmil.encoders import Encoder, embed
+from lrmil.encoders.store import is_saved_encoder
+from lrmil.errors import CohortError, ConfigError
+from lrmil.geometry import check_token_grid
+from lrmil.mil import create_head
+from lrmil.pipeline.context import Run
+
+
+def require_usable_slides(cohort: Cohort) -> None:
+    """See that every labelled slide has a file, and an id that can name one.
+
+    Raises:
+        CohortError: names the first slide that does not.
+    """
+    labelled = cohort.labelled()
+    without = list(
+        labelled["slide_id"] if "path" not in labelled else labelled.loc[labelled["path"].isna(), "slide_id"]
+    )
+    if without:
+        raise CohortError(
+            f"{cohort.source}: {len(without)} slides have no path (first: {without[0]}); distillation needs pixels.",
+            fix="Add a path column, or name the folder of the slides as cohort.slides_dir.",
+        )
+    unfit = [s for s in labelled["slide_id"] if PurePath(s).name != s or s == ".."]
+    if unfit:
+        raise CohortError(
+            f"{cohort.source}: slide_id {unfit[0]!r} cannot name a file ({len(unfit)} such slides).",
+            fix="Use ids without slashes; folders belong into the path column.",
+        )
+
+
+def require_fitting_parts(run: Run, encoder: Encoder) -> None:
+    """See that encoder, grid, layers, precision, heads and baselines of a config fit together.
+
+    Raises:
+        GridMismatch: the token grid cannot be cut into the children's blocks.
+        ConfigError, EncoderError, HeadError: something does not exist, or does not fit.
+    """
+    s = run.settings
+    check_token_grid(encoder.token_grid_side, s.grid.ratio)
+    layers = resolve_layers(s.stage1.loss.layers, encoder.depth)
+    # One grey patch tells whether these taps and this precision work, and whether the weights are numbers.
+    grey = np.full((1, s.grid.patch_px, s.grid.patch_px, 3), 128, np.uint8)
+    embed(encoder, grey, cls_layers=layers, precision=s.encoder.precision)
+    student_dim = encoder.card.embed_dim(s.encoder.student_embedding)
+    if s.stage1.loss.lambda_attention_feature and student_dim != encoder.embed_dim:
+        raise ConfigError(
+            f"stage1.loss.lambda_attention_feature compares the student's embedding of {student_dim} numbers with the "
+            f"teacher's of {encoder.embed_dim}.",
+            fix="Set encoder.embedding and encoder.student_embedding to the same.",
+        )
+    for head, in_dim in ((s.teacher.head, encoder.embed_dim), (s.student.head, student_dim)):
+        create_head(head.name, in_dim, len(run.cohort.classes), **head.options)
+    if "random_encoder" in s.evaluation.baselines and is_saved_encoder(s.encoder.name):
+        raise ConfigError(
+            f"evaluation.baselines: {s.encoder.name} is a saved encoder, which cannot have random weights.",
+            fix="Leave random_encoder out.",
+        )

@@ -1,0 +1,96 @@
+"""What each part of a run depends on, in one place. A part whose stored key differs from its key here is made again.
+
+    tiles      <- slide file, mpp; grid, tissue, tiles
+    features   <- tiles; encoder, precision                              (kept inside the feature file)
+    stage 1    <- tiles of the fold's training and validation slides; 20x features; stage1
+                  with lambda_attention_feature also <- the fold's teacher head
+    a head     <- tiles and labels of those slides; its encoder; its settings
+    student    <- the same; the student encoder; the teacher head; student
+    outputs    <- the head; tiles of every slide it speaks about
+    model/     <- the final split's student; its settings, labels and metrics
+
+Test slides and their labels stand in no key of a trained part: what does not change a key cannot change the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from lrmil.encoders import Encoder
+from lrmil.errors import NotASlide
+from lrmil.pipeline.context import Run, SlideEntry, Split
+from lrmil.settings import fingerprint
+
+
+def tile_key(run: Run, entry: SlideEntry) -> str:
+    """Return what the tiling of a slide, and its pixels at the working scale, depend on."""
+    s = run.settings
+    return fingerprint(entry.identity, s.grid, s.tissue, s.tiles)
+
+
+def features_of(run: Run, encoder: Encoder) -> dict[str, Any]:
+    """Return what features depend on beside the slide. Hashes all weights: call it once for many slides."""
+    return {"encoder": encoder.describe(), "precision": run.settings.encoder.precision}
+
+
+def bag_provenance(run: Run, entry: SlideEntry, features: dict[str, Any], mpp: float) -> dict[str, Any]:
+    """Return what a feature file must say about itself; `features` is of `features_of`, `mpp` the working one."""
+    return {"tiles": tile_key(run, entry), "mpp": mpp, **features}
+
+
+def stage1_key(run: Run, split: Split, teacher_encoder: Encoder) -> str:
+    """Return what a fold's student encoder depends on. `targets` is left out: both kinds agree up to float16."""
+    s = run.settings
+    parts = [features_of(run, teacher_encoder), s.encoder.student_embedding, s.stage1, s.seed, split.name]
+    if s.stage1.loss.lambda_attention_feature:
+        parts.append(label_head_key(run, split, teacher_encoder, "teacher"))
+    return fingerprint(*parts, _learned_from(run, split))
+
+
+def label_head_key(run: Run, split: Split, encoder: Encoder, name: str) -> str:
+    """Return what a head trained on labels alone depends on: the teacher, or the head of a baseline."""
+    s = run.settings
+    features = features_of(run, encoder)
+    return fingerprint(name, features, s.teacher, s.seed, split.name, _learned_from(run, split), _labels(run, split))
+
+
+def student_key(run: Run, split: Split, student_encoder: Encoder, teacher_encoder: Encoder) -> str:
+    """Return what a fold's student head depends on."""
+    teacher = label_head_key(run, split, teacher_encoder, "teacher")
+    return fingerprint(teacher, features_of(run, student_encoder), run.settings.student)
+
+
+def outputs_key(run: Run, head_key: str, slides: Collection[str]) -> str:
+    """Return what a head's outputs for `slides` depend on."""
+    return fingerprint(head_key, {slide: tile_key(run, run.entry(slide)) for slide in slides})
+
+
+def model_inputs_key(run: Run) -> str:
+    """Return what the deployed model depends on as far as it is known before anything is made."""
+    s = run.settings
+    settings = s.model_dump(mode="json", exclude={"out", "device", "threads", "memory_gb", "deploy", "targets"})
+    table = run.cohort.labelled()
+    slides = zip(table["slide_id"], table["patient_id"], table[s.cohort.task], strict=True)
+    files = {entry.slide_id: _known_identity(entry) for entry in run.all_entries()}
+    return fingerprint(settings, [[str(value) for value in row] for row in slides], files)
+
+
+def _known_identity(entry: SlideEntry) -> dict[str, object] | None:
+    try:
+        return entry.identity
+    except NotASlide:
+        return None
+
+
+def _learned_from(run: Run, split: Split) -> dict[str, dict[str, str]]:
+    return {part: {slide: tile_key(run, run.entry(slide)) for slide in split.of(part)} for part in ("train", "val")}
+
+
+def _labels(run: Run, split: Split) -> dict[str, Any]:
+    cohort = run.cohort
+    return {
+        "task": run.settings.cohort.task,
+        "classes": cohort.classes,
+        "labels": {slide: cohort.label_of(slide) for slide in (*split.train, *split.val)},
+    }
