@@ -1,6 +1,6 @@
 """The typer app: verbs in the order in which people meet them, and one place that turns errors into exit codes.
 
-Exit codes: 0 all done; 1 finished, but some slides failed; 2 the call or the config is wrong.
+Exit codes: 0 all done; 1 finished, but some slides failed; 2 the call or the config is wrong; 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -10,13 +10,27 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from lrmil._version import __version__
 from lrmil.cli import cohorts, exchange, inspect, predict, run
 from lrmil.errors import LrmilError, SlideError
 
+
+class _Verbs(TyperGroup):
+    """Says after Ctrl-C what is true of every verb that works for long. Typer says nothing, or "Aborted"."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("\nlrmil: stopped; the same command resumes where it was.", file=sys.stderr)
+            sys.exit(130)
+
+
 app = typer.Typer(
     name="lrmil",
+    cls=_Verbs,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -63,6 +77,3 @@ def main(argv: list[str] | None = None) -> Any:
     except LrmilError as error:
         print(f"lrmil: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, SlideError) else 2)
-    except KeyboardInterrupt:
-        print("lrmil: stopped; the same command resumes where it was.", file=sys.stderr)
-        sys.exit(130)

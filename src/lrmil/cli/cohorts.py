@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+Out = Annotated[Path, typer.Argument(help="Folder for slides/, truth/ and cohort.csv.")]
+Override = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Change one setting, like nuclei.visibility=0; may be repeated."),
+]
 Processes = Annotated[int, typer.Option(min=1, help="Slides made at the same time.")]
 
 
@@ -17,50 +22,55 @@ def register(app: typer.Typer) -> None:
 
 
 def simulate(
-    out: Annotated[Path, typer.Argument(help="Folder for slides/, truth/ and cohort.csv.")],
+    out: Out,
     size: Annotated[str, typer.Option(help="test (seconds), demo (a minute), study (several minutes).")] = "demo",
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change one setting; may be repeated.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the cohort.")] = None,
+    overrides: Override = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the cohort.")] = None,
     processes: Processes = 2,
 ) -> None:
-    """Simulate H&E-like slides of two classes that differ in nuclear detail, with the truth of every region."""
-    import yaml
+    """Simulate H&E-like slides of two classes that differ in nuclear detail, with the truth of every region.
 
-    from lrmil.cohorts.simulated import preset, simulate_cohort
-    from lrmil.errors import ConfigError
+    The same settings always give the same pixels; a second call makes only what is missing. Train on the result with
+    `lrmil init OUT/cohort.csv` and `lrmil run`.
+    """
+    from lrmil.cohorts.simulated import SimulatedSettings, preset, simulate_cohort
+    from lrmil.pipeline.overrides import apply_overrides, validated
     from lrmil.pipeline.reporting import Reporter
 
-    changes = {}
-    for override in overrides or []:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {override!r} is not of the form field=value.")
-        changes[key.strip()] = yaml.safe_load(value)
+    raw = preset(size).model_dump()
     if seed is not None:
-        changes["seed"] = seed
-    settings = preset(size, **changes)
-    reporter = Reporter()
-    with reporter.task("simulate", settings.slides) as progress:
+        raw["seed"] = seed
+    apply_overrides(raw, overrides or [])
+    settings = validated(SimulatedSettings, raw, "lrmil simulate")
+    with Reporter().task("simulate", settings.slides) as progress:
         table = simulate_cohort(out, settings, processes=processes, on_progress=progress.reach)
     print(f"wrote {table}")
 
 
 def assemble(
     source: Annotated[Path, typer.Argument(help="Folder of CRCHistoPhenotypes: images/, images.csv, nuclei.csv.gz.")],
-    out: Annotated[Path, typer.Argument(help="Folder for slides/, truth/ and cohort.csv.")],
-    task: Annotated[str, typer.Option(help="inflammatory_focus or epithelium.")] = "inflammatory_focus",
-    groups: Annotated[int, typer.Option(min=5, help="Groups of source images; they play the patients.")] = 12,
-    slides_per_group: Annotated[int, typer.Option(min=1, help="Slides drawn from each group.")] = 6,
-    seed: Annotated[int, typer.Option(help="Seed of the cohort.")] = 0,
+    out: Out,
+    task: Annotated[
+        Literal["inflammatory", "epithelium"],
+        typer.Option(help="What makes a slide positive: an inflammatory focus, or any epithelium."),
+    ] = "inflammatory",
+    groups: Annotated[int, typer.Option(help="Groups of source images; they play the patients.")] = 12,
+    slides_per_group: Annotated[int, typer.Option(help="Slides drawn from each group, half of them positive.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the cohort.")] = 1,
+    overrides: Override = None,
 ) -> None:
-    """Compose slides from labelled real tissue that you have downloaded."""
+    """Compose slides from labelled real tissue that you have downloaded.
+
+    Images are dealt into groups first, and a slide draws from one group alone, so that a split by patient is a split by
+    image. Train on the result with `lrmil init OUT/cohort.csv` and `lrmil run`.
+    """
     from lrmil.cohorts.assembled import AssembledSettings, assemble_cohort
+    from lrmil.pipeline.overrides import apply_overrides, validated
     from lrmil.pipeline.reporting import Reporter
 
-    settings = AssembledSettings(task=task, num_groups=groups, slides_per_group=slides_per_group, seed=seed)
-    reporter = Reporter()
-    with reporter.task("assemble", settings.num_slides) as progress:
+    raw = {"task": task, "groups": groups, "slides_per_group": slides_per_group, "seed": seed}
+    apply_overrides(raw, overrides or [])
+    settings = validated(AssembledSettings, raw, "lrmil assemble")
+    with Reporter().task("assemble", settings.groups * settings.slides_per_group) as progress:
         table = assemble_cohort(source, out, settings, on_progress=progress.reach)
     print(f"wrote {table}")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from lrmil.pipeline.config import RunSettings
+    from lrmil.pipeline.reporting import Reporter
+    from lrmil.pipeline.run import Outcome
 
 Config = Annotated[Path, typer.Argument(help="YAML config; see `lrmil init`.")]
 Override = Annotated[
@@ -79,7 +85,7 @@ def _add_stage(app: typer.Typer, name: str, text: str) -> None:
     app.command(name=name)(stage)
 
 
-def _open(config: Path, overrides: list[str] | None, quiet: bool):  # type: ignore[no-untyped-def]
+def _open(config: Path, overrides: list[str] | None, quiet: bool) -> tuple[RunSettings, Reporter]:
     from lrmil.pipeline.config import load_config
     from lrmil.pipeline.folder import RunFolder
     from lrmil.pipeline.reporting import Reporter
@@ -88,12 +94,10 @@ def _open(config: Path, overrides: list[str] | None, quiet: bool):  # type: igno
     return settings, Reporter(RunFolder(settings.out).log, quiet=quiet)
 
 
-def _finish(outcome) -> None:  # type: ignore[no-untyped-def]
+def _finish(outcome: Outcome) -> None:
     for line in outcome.summary:
         print(line)
     if outcome.failures:
-        import sys
-
         print(f"lrmil: {len(outcome.failures)} slides failed, see {outcome.folder.failures}:", file=sys.stderr)
         for failure in outcome.failures:
             print(f"  {failure.slide_id} ({failure.stage}): {failure.message}", file=sys.stderr)
