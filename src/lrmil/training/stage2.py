@@ -6,7 +6,8 @@ Everything is in memory: bags are arrays, one slide makes one step. The student 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,8 @@ from lrmil.training.loop import (
 )
 
 FloatArray = npt.NDArray[np.floating]
+
+_SMALL_BAG = 1_000_000  # values
 
 
 class TeacherSettings(LoopSettings):
@@ -290,16 +293,29 @@ def _train(
             details={"accuracy": float((probabilities.argmax(axis=1) == val_labels).mean())},
         )
 
-    result = fit(
-        head,
-        train=train_epoch,
-        validate=validate,
-        settings=settings,
-        select_by=settings.select_by,
-        seed=seed,
-        on_epoch=on_epoch,
-    )
+    with _few_threads([*train, *val], device):
+        result = fit(
+            head,
+            train=train_epoch,
+            validate=validate,
+            settings=settings,
+            select_by=settings.select_by,
+            seed=seed,
+            on_epoch=on_epoch,
+        )
     return TrainedHead(head, result)
+
+
+@contextmanager
+def _few_threads(bags: Sequence[SlideBag], device: torch.device) -> Iterator[None]:
+    """Use one thread where bags are small: on a CPU, handing out their work then takes longer than doing it."""
+    before = torch.get_num_threads()
+    if device.type == "cpu" and max(bag.features.size for bag in bags) < _SMALL_BAG:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Resident:
