@@ -7,8 +7,8 @@ DATA is the folder of test data (`slides/`, `tissue_cases/`, `features/`). Nothi
 say what DINOv2 ViT-S/14 says about 64-px tiles of tissue.
 
 1. Tiles (`pretraining_tiles.py`): from real H&E images of permissive licence and from the simulator of `lrmil
-   simulate`, with seeds that no cohort uses. Scales from 0.25 to 2 um per pixel, 0.5 the most frequent; the stain of every
-   tile is jittered. A tile is drawn once.
+   simulate`, with seeds that no cohort uses. Scales from 0.25 to 2 um per pixel, 0.5 the most frequent; the stain of
+   every tile is jittered. A tile is drawn once.
 2. Targets: the teacher sees each tile enlarged from 64 to 112 px, so that its 8 x 8 tokens of 14 px lie exactly on the
    student's 8 x 8 tokens of 8 px. Its normalised class and patch tokens are standardised per dimension.
 3. Start: the teacher itself, sliced to the student's width in closed form (`slice_teacher.py`).
