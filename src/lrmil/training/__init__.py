@@ -1,1 +1,1 @@
-"""Training: patient-grouped folds and seeds, the one loop, and the stages. Import the modules; this file stays light."""
+"""Training: patient-grouped folds, seeds, the one loop, and the stages. Import the modules; this file stays light."""
