@@ -16,7 +16,10 @@ CONFIG = {
     "cohort": {"task": "label"},
     "grid": {"patch_px": 64, "lr_mpp": 2.0, "hr_mpp": 0.5},
     "encoder": {"name": "lrmil-small"},
-    "stage1": {"learning_rate": 3e-4, "epochs": 8, "patience": 3},
+    # Small networks on few slides need larger steps than the paper's: chosen on simulated cohorts of other seeds.
+    "stage1": {"learning_rate": 5e-4, "epochs": 4},
+    "teacher": {"learning_rate": 2e-3},
+    "student": {"learning_rate": 2e-3},
     "evaluation": {
         "baselines": ["majority", "colour_histogram", "random_encoder", "lr_only"],
         "timed_slides": 5,
