@@ -66,8 +66,13 @@ def predict_many(
     """
     bundle = load_bundle(model, device=device)
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: is no folder.", fix="Choose another output folder.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(
+            f"{out}: cannot be used as a folder ({reason}).", fix="Choose another output folder."
+        ) from error
     folders = [out / name for name in folder_names(slides)]
     for stale in [out / ANSWERS_FILE, out / FAILURES_FILE, *(f / name for f in folders for name in _PER_SLIDE)]:
         stale.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 A child patch costs almost as much to read as its whole region, so where the grid allows it (snapped scale) the children
 of a region are cut from one read of it. The cut pixels equal those of single reads: both are box averages of the same
 whole pixels of one level. (OpenSlide blends neighbours on levels whose size was rounded, see its reader; there the two
-differ by grey levels that no encoder notices.)
+differ by about a grey level.)
 """
 
 from __future__ import annotations
