@@ -28,7 +28,7 @@ def predict(
         int | None, typer.Option(min=1, help="Regions a forward pass; default: what suits the device.")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Reader threads.")] = 2,
-    heatmap: Annotated[bool, typer.Option(help="Write attention.png and attention_figure.png.")] = True,
+    heatmap: Annotated[bool, typer.Option(help="Write the two pictures of each slide.")] = True,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON per slide; of a failed one, its error.")
     ] = False,
