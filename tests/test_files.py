@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lrmil.errors import OutputError
-from lrmil.files import atomic_path, read_json, sha256, write_json, write_text
+from lrmil.files import atomic_path, read_json, remove_leftovers, sha256, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -129,3 +129,21 @@ def test_sha256_is_of_the_bytes(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     path.write_bytes(b"\x00\r\n" * 100_000)
     assert sha256(path) == hashlib.sha256(b"\x00\r\n" * 100_000).hexdigest()
+
+
+def test_leftovers_of_killed_processes_are_removed_unless_young(tmp_path: Path) -> None:
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    with atomic_path(inner / "x.h5") as scratch:
+        scratch.write_text("whole")
+    old, young = inner / scratch.name, tmp_path / scratch.name
+    others = [inner / ".tmp.h5", inner / "x.0123abcd.tmp.h5"]
+    for path in (old, young, *others):
+        path.write_text("half")
+    for path in (old, *others):
+        os.utime(path, (0, 0))
+    assert remove_leftovers(tmp_path) == 1
+    assert not old.exists()
+    assert young.exists()
+    assert all(path.exists() for path in (inner / "x.h5", *others))
+    assert remove_leftovers(tmp_path / "missing") == 0

@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import re
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lrmil.errors import OutputError
+
+_SCRATCH = r"\..*\.[0-9a-f]{8}\.tmp(\..*)?"
+"""names that `atomic_path` gives"""
 
 
 @contextmanager
@@ -46,6 +51,23 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if final.parent.is_dir():
             scratch.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str | os.PathLike[str], *, older_than_s: float = 600.0) -> int:
+    """Delete the temporary files that killed processes left under `folder`; return how many.
+
+    Younger ones are left alone: another process may be writing them.
+    """
+    removed = 0
+    for path in Path(folder).rglob(".*.tmp*"):
+        try:
+            old = time.time() - path.stat().st_mtime > older_than_s
+            if old and re.fullmatch(_SCRATCH, path.name) and path.is_file():
+                path.unlink()
+                removed += 1
+        except FileNotFoundError:
+            continue
+    return removed
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

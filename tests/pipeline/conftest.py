@@ -32,15 +32,6 @@ from lrmil.pipeline.run import Outcome, run_all, run_until
 BASELINES = ["majority", "colour_histogram", "lr_only"]
 
 
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with nested `changes`."""
-    result = dict(base)
-    for key, value in changes.items():
-        inner = result.get(key)
-        result[key] = merged(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) else value
-    return result
-
-
 def quiet() -> Reporter:
     return Reporter(quiet=True, stream=io.StringIO())
 
@@ -67,7 +58,17 @@ class Lab:
             "device": "cpu",
             "threads": 1,
         }
-        return merged(base, changes)
+        return self.merged(base, changes)
+
+    @classmethod
+    def merged(cls, base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+        """`base` with nested `changes`."""
+        result = dict(base)
+        for key, value in changes.items():
+            inner = result.get(key)
+            both = isinstance(value, Mapping) and isinstance(inner, Mapping)
+            result[key] = cls.merged(inner, value) if both else value
+        return result
 
     def settings(self, out: Path, **changes: Any) -> RunSettings:
         return parse_config(self.tree(out, **changes))

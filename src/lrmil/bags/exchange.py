@@ -79,7 +79,7 @@ def _convert(source: Path, out: Path, read: Callable[[Path], Bag], write: Callab
 
 
 def _files(source: Path) -> list[Path]:
-    found = [source] if source.is_file() else sorted(p for p in source.glob("*") if p.suffix in _SUFFIXES)
+    found = [source] if source.is_file() else sorted(p for p in source.glob("[!.]*") if p.suffix in _SUFFIXES)
     if not found:
         raise BagError(
             f"{source}: no .h5 or .pt file there.", fix="Give a feature file, or the folder that holds them."

@@ -14,6 +14,7 @@ from lrmil.encoders import Encoder, create_encoder
 from lrmil.errors import ConfigError
 from lrmil.evaluation import Cost
 from lrmil.evaluation.report import Picture
+from lrmil.files import remove_leftovers
 from lrmil.geometry import MatchedGrid
 from lrmil.pipeline.baselines import colour_probabilities
 from lrmil.pipeline.checks import require_fitting_parts, require_usable_slides
@@ -165,6 +166,7 @@ def _start(settings: RunSettings, reporter: Reporter) -> Study:
     run = Run(settings, RunFolder(settings.out), cohort, reporter)
     encoder = run.build_encoder().to(run.device)
     require_fitting_parts(run, encoder)
+    remove_leftovers(run.folder.root)
     save_config(settings, run.folder.config)
     cohort.write(run.folder.cohort)
     run.folder.write_failures([])
