@@ -18,6 +18,7 @@ from lrmil.pipeline.heads import Outputs
 from lrmil.pipeline.keys import bag_provenance, features_of, stage1_key
 from lrmil.pipeline.pixels import RegionPixels
 from lrmil.pipeline.regions import CachedTargets, CohortRegions, LiveTargets, TargetSource
+from lrmil.pipeline.reporting import without_python_warnings
 from lrmil.training.loop import FitResult
 from lrmil.training.seeds import derive_seed
 from lrmil.training.stage1 import distil_encoder
@@ -82,7 +83,8 @@ def _train(
         for part in ("train", "val")
     )
     settings = run.settings.stage1
-    with run.reporter.task(f"stage 1, {split.title}", settings.epochs * len(train)) as progress:
+    title = f"stage 1, {split.title}"
+    with run.reporter.task(title, settings.epochs * len(train)) as progress, without_python_warnings():
         done = 0
 
         def on_step(so_far: int, of: int) -> None:
@@ -105,6 +107,8 @@ def _train(
             on_epoch=on_epoch,
             on_step=on_step,
         )
+    for note in fit.notes:
+        run.reporter.warn(f"{title}: {note}")
     run.reporter.line(
         f"  {split.title}: {len(train)} regions, val loss {fit.history[0]['val_loss']:.4f} after epoch 1, "
         f"{fit.best.loss:.4f} after epoch {fit.best_epoch}"

@@ -15,6 +15,7 @@ from lrmil.files import atomic_path, read_json, write_json
 from lrmil.mil import MILHead, create_head
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.keys import outputs_key
+from lrmil.pipeline.reporting import without_python_warnings
 from lrmil.training.loop import OnEpoch
 from lrmil.training.stage2 import BagPrediction, SlideBag, TrainedHead, predict_bags
 
@@ -76,15 +77,17 @@ def _train_and_store(
 ) -> None:
     train_bags, val_bags = ([slide_bag(run, bags[s], s) for s in split.of(part)] for part in ("train", "val"))
     epochs: list[dict[str, Any]] = []
-    with run.reporter.task(title, 0) as progress:
+    with run.reporter.task(title, 0) as progress, without_python_warnings():
 
         def on_epoch(record: dict[str, Any]) -> None:
             epochs.append(record)
             progress.advance(note=f"epoch {record['epoch']}, val loss {record['val_loss']:.3f}")
 
         trained = train(train_bags, val_bags, on_epoch)
-    store_head(trained.head, step)
     fit = trained.fit
+    for note in fit.notes:
+        run.reporter.warn(f"{title}: {note}")
+    store_head(trained.head, step)
     write_json(
         step / "history.json",
         {"epochs": epochs, "best_epoch": fit.best_epoch, "selected_by": fit.selected_by, "notes": fit.notes},

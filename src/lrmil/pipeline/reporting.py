@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -96,6 +97,14 @@ class Reporter:
         with Progress(*columns, console=self.console, transient=True) as bar:
             task._bar, task._id = bar, bar.add_task(title, total=total, note="")
             yield task
+
+
+@contextmanager
+def without_python_warnings() -> Iterator[None]:
+    """Silence the package's own Python warnings, for work whose notes are told by `Reporter.warn` afterwards."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"lrmil\.")
+        yield
 
 
 def _duration(seconds: float) -> str:
