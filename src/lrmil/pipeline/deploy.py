@@ -68,7 +68,7 @@ def write_model(
             regions_per_slide=(float(regions[0]), float(regions[1]), float(regions[2])),
         ),
         cross_validation=_metrics(scores),
-        recipe=recipe(run),
+        recipe=recipe(run, teacher),
         software=software_versions(),
     )
     step = run.folder.fold(split.name)
@@ -82,10 +82,13 @@ def write_model(
     run.folder.mark_done(step, key, inputs=model_inputs_key(run))
 
 
-def recipe(run: Run) -> dict[str, Any]:
+def recipe(run: Run, encoder: Encoder) -> dict[str, Any]:
     """Return the config as far as it made the model: without paths, and without what only this machine cares about."""
-    elsewhere = {"cohort": True, "out": True, "device": True, "threads": True, "memory_gb": True, "deploy": True}
-    return run.settings.model_dump(mode="json", exclude=elsewhere | {"encoder": {"weights"}})
+    here = {"cohort", "out", "device", "threads", "memory_gb", "deploy"}
+    config = run.settings.model_dump(mode="json", exclude=here)
+    del config["encoder"]["weights"]
+    config["encoder"]["name"] = encoder.card.name
+    return config
 
 
 def licence_note(encoder: Encoder) -> str:
