@@ -202,7 +202,7 @@ def match_grids(
         raise SlideTooSmall(
             f"it measures {width_l0} x {height_l0} px, smaller than one patch of {scale.child_side_l0:.0f} px.",
             slide=slide,
-            fix="Leave it out of the cohort.",
+            fix="Leave it out.",
         )
     if coverage is None:
         coverage = _share_inside(width_l0, height_l0)
