@@ -52,7 +52,10 @@ def require_fitting_parts(run: Run, encoder: Encoder) -> None:
     # One grey patch tells whether these taps and this precision work, and whether the weights are numbers.
     grey = np.full((1, s.grid.patch_px, s.grid.patch_px, 3), 128, np.uint8)
     embed(encoder, grey, cls_layers=layers, precision=s.encoder.precision)
-    student_dim = encoder.card.embed_dim(s.encoder.student_embedding)
+    student_dim = encoder.embed_dim
+    if s.encoder.student_embedding not in (encoder.embedding, s.encoder.embedding):
+        # Another output may need weights that are not there.
+        student_dim = run.build_encoder(student=True).embed_dim
     if s.stage1.loss.lambda_attention_feature and student_dim != encoder.embed_dim:
         raise ConfigError(
             f"stage1.loss.lambda_attention_feature compares the student's embedding of {student_dim} numbers with the "

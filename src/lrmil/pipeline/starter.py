@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
 from lrmil.cohorts.table import load_cohort
-from lrmil.encoders import resolve_card
+from lrmil.encoders import EncoderCard, resolve_card
 from lrmil.errors import ConfigError
 from lrmil.files import write_text
 
+RATIO = 4
+"""lr_mpp / hr_mpp of the template"""
 TEMPLATE = """\
 # lrmil run {config}
 # Every setting that is not here has a default; the run writes the whole tree to its config.yaml.
@@ -16,28 +20,28 @@ TEMPLATE = """\
 cohort:
   table: {cohort}
   task: {task}
-  classes: [{classes}]        # in the order of the outputs
+  classes: {classes}  # in the order of the outputs
 out: {out}
 
 grid:
-  patch_px: {patch_px}              # side of a patch at both scales
-  lr_mpp: 2.0                # low resolution, um per pixel ("5x"): all that deployment reads
-  hr_mpp: 0.5                # high resolution ("20x"): training only
+  patch_px: {patch_px}  # side of a patch at both scales
+  lr_mpp: 2.0  # low resolution, um per pixel ("5x"): all that deployment reads
+  hr_mpp: 0.5  # high resolution ("20x"): training only
 
 encoder:
-  name: {encoder}            # see `lrmil encoders`
-  weights: null              # a local weight file, or null for the hub
+  name: {encoder}  # see `lrmil encoders`
+  weights: null  # a local weight file, or null for the hub
   embedding: cls
 
-stage1:                      # patch-level distillation, for each fold anew
+stage1:  # patch-level distillation, for each fold anew
   learning_rate: 0.0001
   epochs: 20
   batch_size: 32
-teacher:                     # the 20x head
+teacher:  # the 20x head
   learning_rate: 0.0001
   epochs: 100
   patience: 20
-student:                     # the 5x head
+student:  # the 5x head
   learning_rate: 0.0001
   epochs: 100
   patience: 20
@@ -46,7 +50,7 @@ student:                     # the 5x head
 folds: {{num_folds: 5, seed: 0}}
 seed: 0
 device: auto
-threads: 4                   # reader threads
+threads: 4  # reader threads
 """
 
 
@@ -62,15 +66,28 @@ def write_starter(cohort: Path, config: Path, *, encoder: str, task: str, out: s
         raise ConfigError(f"{config} exists.", fix="Name another file with --config.")
     card = resolve_card(encoder)
     found = load_cohort(cohort, task=task)
-    patch_px = 256 if 256 % card.token_px == 0 and (256 // card.token_px) % 4 == 0 else card.input_px
     text = TEMPLATE.format(
         config=config,
-        cohort=cohort.resolve(),
-        task=task,
-        classes=", ".join(found.classes),
-        out=out,
-        patch_px=patch_px,
-        encoder=card.name,
+        cohort=_yaml(str(cohort.resolve())),
+        task=_yaml(task),
+        classes=_yaml(list(found.classes)),
+        out=_yaml(out),
+        patch_px=_patch_px(card),
+        encoder=_yaml(card.name),
     )
     write_text(config, text)
     return [found.summary(), f"encoder {card.name}: licence {card.licence}{', gated' if card.gated else ''}"]
+
+
+def _yaml(value: str | list[str]) -> str:
+    """Write a value in one line of YAML, with quotes where it would be read as something else."""
+    return (
+        yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).removesuffix("...\n").strip()
+    )
+
+
+def _patch_px(card: EncoderCard) -> int:
+    """256 px, the paper's, for encoders that were trained on about that; the encoder's own side for smaller ones."""
+    side = card.input_px if card.input_px < 224 or 256 % card.token_px else 256
+    tokens = side // card.token_px
+    return side if tokens % RATIO == 0 else card.token_px * max(RATIO, tokens - tokens % RATIO)
