@@ -43,6 +43,11 @@ def import_folder(
         bag = read_foreign_bag(path, mpp_l0=mpp_l0, patches=patches, coords_unit=coords_unit)
         if bag.width == 0:
             raise BagError(f"{path}: coordinates alone, no features.", fix="Give the feature file of that slide.")
+        if bag.coords_l0 is None:
+            raise BagError(
+                f"{path}: no coordinates ({bag.provenance.get('coords', 'the file holds none')}).",
+                fix="Give their unit (coords_unit), or the folder of the coordinate files (patches).",
+            )
         return replace(bag, provenance={"imported_from": path.name, **bag.provenance})
 
     return _convert(source, out, read, write_bag)

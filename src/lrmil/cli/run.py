@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 Config = Annotated[Path, typer.Argument(help="YAML config; see `lrmil init`.")]
 Override = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change one setting; may be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="SECTION.FIELD=VALUE", help="Change one setting, like student.epochs=50; may be repeated."
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and the result.")]
 
