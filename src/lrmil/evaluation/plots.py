@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox, ScaledTranslation
 
 from lrmil.evaluation.metrics import metric, score, weighted_confusion
@@ -226,7 +226,10 @@ def metric_against_seconds(results: pd.DataFrame, name: str = "auc", title: str 
             "color": "#666666",
         }
         ax.annotate(str(row["method"]), (1.0, value), xycoords=("axes fraction", "data"), **place)
+    # Over less than a few decades matplotlib labels minor ticks, too, and on top of each other.
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     _label_points(figure, ax, points)
     _title(figure, title)
     return figure
