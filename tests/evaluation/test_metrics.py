@@ -143,3 +143,16 @@ def test_fold_scores_are_per_fold_and_per_level() -> None:
 def test_unknown_metric_is_refused() -> None:
     with pytest.raises(ConfigError, match="Choose from: acc, auc"):
         metric("accuracy")
+
+
+def test_fold_scores_without_a_patient_of_one_label_keep_the_slide_level() -> None:
+    mixed = Predictions.of(
+        slide_ids=["a1", "a2", "b1", "b2"],
+        patient_ids=["a", "a", "b", "b"],
+        labels=[0, 1, 0, 1],
+        probabilities=[[0.8, 0.2], [0.3, 0.7], [0.6, 0.4], [0.4, 0.6]],
+        class_names=["negative", "positive"],
+    )
+    tidy = fold_scores(mixed)
+    assert set(tidy["level"]) == {"slide"}
+    assert tidy.loc[tidy["metric"] == "auc", "value"].tolist() == [1.0]

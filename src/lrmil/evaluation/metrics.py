@@ -220,10 +220,12 @@ def score(labels: npt.ArrayLike, probabilities: npt.ArrayLike, class_names: Sequ
 def fold_scores(predictions: Predictions) -> pd.DataFrame:
     """Tidy table, a row for each fold, seed, level ("slide", "patient") and metric: value, count, reason if undefined.
 
-    Patient level is left out where every patient has one slide, since it would repeat the slide level.
+    Patient level is left out where every patient has one slide, since it would repeat the slide level, and where no
+    patient has one label, since there is none to compare with.
     """
     levels = {"slide": predictions}
-    if not predictions.one_slide_per_patient():
+    unmixed = set(predictions.patient_ids) - set(predictions.mixed_patients())
+    if unmixed and not predictions.one_slide_per_patient():
         levels["patient"] = predictions.by_patient()
     rows = []
     for level, at_level in levels.items():
