@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pkgutil
 import signal
 import subprocess
@@ -107,7 +106,7 @@ def test_a_run_ended_by_kill_9_resumes(lab: Any, finished: Any, tmp_path: Path) 
             if len(list(out.glob("features/*/[!.]*.h5"))) >= 2 or process.poll() is not None:
                 break
             time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         _, errors = process.communicate()
     assert process.returncode == -signal.SIGKILL, errors.decode()
     kept = {path: path.stat().st_mtime_ns for path in out.glob("features/*/[!.]*.h5")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,13 +19,17 @@ _SHOWN = 60
 
 def software_versions() -> dict[str, str]:
     """Return the versions of what features depend on, without importing any of it."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
+    found = {package: _version(package) for package in _PACKAGES}
+    return {"python": platform.python_version()} | {package: v for package, v in found.items() if v is not None}
+
+
+@cache
+def _version(package: str) -> str | None:
+    """Looking it up takes milliseconds, and every feature file notes it."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
