@@ -82,14 +82,14 @@ def test_the_final_model_trains_on_everybody_but_the_patients_who_choose_the_epo
     [{"student": {"loss": {"hard_k": 2}}}, {"evaluation": {"bootstrap": 101}}, {"grid": {"mpp_tolerance": 0.04}}],
     ids=["student", "metrics", "grid"],
 )
-def test_no_model_of_other_settings_is_left_behind(
+def test_no_results_of_other_settings_are_left_behind(
     lab: Any, finished: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     """Already gone when the first stage begins: a run that is killed there must not leave it, either."""
     out = finished.copy(tmp_path / "run")
 
     def stop(*args: Any) -> None:
-        assert not (out / "model").exists()
+        assert not any((out / name).exists() for name in ("model", "tables", "report.html", "figures"))
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lrmil.pipeline.run.tile_cohort", stop)
@@ -109,6 +109,15 @@ def test_other_metrics_are_written_into_the_model_without_training(
     assert "LR without distillation, AUC" not in after.cross_validation
     assert after.files == before.files
     assert after.checksum != before.checksum
+
+
+def test_results_of_the_same_settings_stay(lab: Any, finished: Any, tmp_path: Path) -> None:
+    out = finished.copy(tmp_path / "run")
+    before = lab.times(out, "model", "tables", "figures")
+    evaluation = finished.settings.evaluation.model_dump()
+    lab.run_until("encode", out, evaluation=evaluation, threads=2)
+    assert lab.times(out, "model", "tables", "figures") == before
+    assert (out / "report.html").is_file()
 
 
 @pytest.mark.usefixtures("no_report")

@@ -101,14 +101,30 @@ def test_the_log_is_one_json_a_line_and_tells_every_stage(finished: Any) -> None
 def test_a_second_run_trains_and_encodes_nothing(lab: Any, finished: Any, work: Counter[str], tmp_path: Path) -> None:
     out = finished.copy(tmp_path / "run")
     before = lab.times(out, "tiles", "features", "folds", "model")
-    seconds = (out / "tables" / "seconds.json").read_bytes()
+    seconds = (out / "seconds.json").read_bytes()
     changes = {"evaluation": {"timed_slides": 1, "heatmap_slides": 2}}
     changes["evaluation"]["baselines"] = ["majority", "colour_histogram", "lr_only"]
     lab.run(out, **changes)
     assert not work
     assert lab.times(out, "tiles", "features", "folds", "model") == before
-    assert (out / "tables" / "seconds.json").read_bytes() == seconds
+    assert (out / "seconds.json").read_bytes() == seconds
     assert lab.predictions(out) == lab.predictions(finished.out)
+
+
+@pytest.mark.parametrize(
+    ("stage", "done"),
+    [
+        ("tile", {"tile": 12}),
+        ("encode", {"tile": 12, "encode 20x": 12, "read 5x": 12}),
+        ("teacher", {"tile": 12, "encode 20x": 12, "read 5x": 12, "label head": 3}),
+    ],
+)
+def test_a_stage_by_itself_does_what_it_needs_and_no_more(
+    lab: Any, work: Counter[str], tmp_path: Path, stage: str, done: dict[str, int]
+) -> None:
+    outcome = lab.run_until(stage, tmp_path / "run")
+    assert dict(work) == done
+    assert outcome.summary == [f"{stage}: done, in {tmp_path / 'run'}"]
 
 
 @pytest.mark.usefixtures("no_report")

@@ -15,7 +15,7 @@ from lrmil.pipeline.keys import (
     bag_provenance,
     features_of,
     label_head_key,
-    model_inputs_key,
+    results_key,
     outputs_key,
     stage1_key,
     student_key,
@@ -23,7 +23,7 @@ from lrmil.pipeline.keys import (
 )
 from lrmil.pipeline.splits import make_splits
 
-ALL = {"tiles", "features", "stage 1", "teacher", "student", "outputs", "model"}
+ALL = {"tiles", "features", "stage 1", "teacher", "student", "outputs", "results"}
 TRAINED = ALL - {"tiles", "features"}
 
 
@@ -41,7 +41,7 @@ def keys(run: Run, split: Split | None = None) -> dict[str, Any]:
         "teacher": head,
         "student": student_key(run, split, student, teacher),
         "outputs": outputs_key(run, head, slides),
-        "model": model_inputs_key(run),
+        "results": results_key(run),
     }
 
 
@@ -52,17 +52,17 @@ def keys(run: Run, split: Split | None = None) -> dict[str, Any]:
         ({"tissue": {"smooth_um": 3.21}}, ALL),
         ({"tiles": {"min_child_tissue": 0.2}}, ALL),
         ({"encoder": {"precision": "float32"}}, ALL - {"tiles"}),
-        ({"encoder": {"student_embedding": None}}, {"stage 1", "model"}),
-        ({"stage1": {"epochs": 2}}, {"stage 1", "model"}),
-        ({"stage1": {"loss": {"layers": [0, 1]}}}, {"stage 1", "model"}),
-        ({"stage1": {"loss": {"lambda_attention_feature": 1.0}}}, {"stage 1", "model"}),
-        ({"teacher": {"patience": 7}}, {"teacher", "student", "outputs", "model"}),
-        ({"teacher": {"head": {"options": {"gated": True}}}}, {"teacher", "student", "outputs", "model"}),
-        ({"student": {"loss": {"hard_k": 2}}}, {"student", "model"}),
-        ({"student": {"learning_rate": 0.5}}, {"student", "model"}),
+        ({"encoder": {"student_embedding": None}}, {"stage 1", "results"}),
+        ({"stage1": {"epochs": 2}}, {"stage 1", "results"}),
+        ({"stage1": {"loss": {"layers": [0, 1]}}}, {"stage 1", "results"}),
+        ({"stage1": {"loss": {"lambda_attention_feature": 1.0}}}, {"stage 1", "results"}),
+        ({"teacher": {"patience": 7}}, {"teacher", "student", "outputs", "results"}),
+        ({"teacher": {"head": {"options": {"gated": True}}}}, {"teacher", "student", "outputs", "results"}),
+        ({"student": {"loss": {"hard_k": 2}}}, {"student", "results"}),
+        ({"student": {"learning_rate": 0.5}}, {"student", "results"}),
         ({"seed": 1}, TRAINED),
-        ({"evaluation": {"bootstrap": 200}}, {"model"}),
-        ({"evaluation": {"baselines": []}}, {"model"}),
+        ({"evaluation": {"bootstrap": 200}}, {"results"}),
+        ({"evaluation": {"baselines": []}}, {"results"}),
         ({"targets": "on_the_fly"}, set()),
         ({"deploy": False}, set()),
         ({"threads": 2, "memory_gb": 9}, set()),
@@ -101,7 +101,7 @@ def test_a_changed_label_makes_heads_stale_unless_it_is_a_test_label(lab: Any, t
     before = keys(run, split)
     after = keys(lab.parts(tmp_path / "a", cohort={"table": str(tmp_path / "cohort.csv")}), split)
     stale = {name for name in before if before[name] != after[name]}
-    assert stale == ({"model"} if part == "test" else {"teacher", "student", "outputs", "model"})
+    assert stale == ({"results"} if part == "test" else {"teacher", "student", "outputs", "results"})
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -117,4 +117,4 @@ def test_a_changed_slide_makes_stale_what_saw_it(lab: Any, tmp_path: Path, part:
     finally:
         os.utime(entry.path, (status.st_atime, status.st_mtime))
     stale = {name for name in before if before[name] != after[name]}
-    assert stale == (ALL if part == "train" else {"outputs", "model"})
+    assert stale == (ALL if part == "train" else {"outputs", "results"})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -17,20 +16,8 @@ from lrmil.inference.bundle import MANIFEST_FILE, BundleManifest, HeadSpec, Trai
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.evaluate import LR_ONLY, LRMIL, TEACHER, Scores
 from lrmil.pipeline.heads import stored_head
-from lrmil.pipeline.keys import model_inputs_key
+from lrmil.pipeline.keys import results_key
 from lrmil.settings import fingerprint
-
-
-def discard_stale_model(run: Run) -> None:
-    """Remove model/ if it was made from other settings, slides or labels: it must not pass for this config's model.
-
-    Called before anything is made, so that neither a killed run nor `deploy: false` leaves it beside newer tables.
-    """
-    step = run.folder.fold("final")
-    if run.folder.model.exists() and run.folder.done_facts(step).get("inputs") != model_inputs_key(run):
-        run.reporter.line(f"{run.folder.model} was made from other settings, slides or labels, and is removed.")
-        run.folder.begin(step)
-        shutil.rmtree(run.folder.model)
 
 
 def write_model(
@@ -79,7 +66,7 @@ def write_model(
         return
     run.folder.begin(step)
     save_bundle(run.folder.model, manifest, student, head)
-    run.folder.mark_done(step, key, inputs=model_inputs_key(run))
+    run.folder.mark_done(step, key, made_from=results_key(run))
 
 
 def recipe(run: Run, encoder: Encoder) -> dict[str, Any]:

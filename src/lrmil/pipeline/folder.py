@@ -44,6 +44,7 @@ class RunFolder:
         self.splits = self.root / "splits.csv"
         self.failures = self.root / "failures.csv"
         self.log = self.root / "log.jsonl"
+        self.seconds = self.root / "seconds.json"
         self.tables = self.root / "tables"
         self.report = self.root / "report.html"
         self.figures = self.root / "figures"

@@ -7,7 +7,7 @@
     a head     <- tiles and labels of those slides; its encoder; its settings
     student    <- the same; the student encoder; the teacher head; student
     outputs    <- the head; tiles of every slide it speaks about
-    model/     <- the final split's student; its settings, labels and metrics
+    results    <- all settings, slides and labels
 
 Test slides and their labels stand in no key of a trained part: what does not change a key cannot change the weights.
 """
@@ -66,8 +66,8 @@ def outputs_key(run: Run, head_key: str, slides: Collection[str]) -> str:
     return fingerprint(head_key, {slide: tile_key(run, run.entry(slide)) for slide in slides})
 
 
-def model_inputs_key(run: Run) -> str:
-    """Return what the deployed model depends on as far as it is known before anything is made."""
+def results_key(run: Run) -> str:
+    """Return what tables, report and model depend on, as far as it is known before anything is made."""
     s = run.settings
     settings = s.model_dump(mode="json", exclude={"out", "device", "threads", "memory_gb", "deploy", "targets"})
     table = run.cohort.labelled()

@@ -20,7 +20,7 @@ from lrmil.pipeline.baselines import colour_probabilities
 from lrmil.pipeline.checks import require_fitting_parts, require_usable_slides
 from lrmil.pipeline.config import RunSettings, save_config
 from lrmil.pipeline.context import Run, Split
-from lrmil.pipeline.deploy import discard_stale_model, write_model
+from lrmil.pipeline.deploy import write_model
 from lrmil.pipeline.distill import distil_fold, distilled_layers, fold_bag
 from lrmil.pipeline.encode import encode_children, encode_regions, features_name, read_regions
 from lrmil.pipeline.evaluate import (
@@ -36,15 +36,25 @@ from lrmil.pipeline.evaluate import (
 from lrmil.pipeline.figures import attention_pictures, write_run_report
 from lrmil.pipeline.folder import Failure, RunFolder
 from lrmil.pipeline.heads import Outputs, read_bags, stored_head
+from lrmil.pipeline.keys import results_key
 from lrmil.pipeline.pixels import RegionPixels
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.splits import deployment_split, make_splits
+from lrmil.pipeline.stale import discard_stale_results
 from lrmil.pipeline.student import lr_only_outputs, student_outputs
 from lrmil.pipeline.teacher import label_head_outputs, teacher_bags, teacher_outputs
 from lrmil.pipeline.tile import tile_cohort
 from lrmil.pipeline.timing import SlideCost, time_answers
 
 STAGES = ("tile", "encode", "distill", "teacher", "student")
+NEEDED = {
+    "tile": ("tile",),
+    "encode": ("tile", "encode"),
+    "distill": ("tile", "encode", "distill"),
+    "teacher": ("tile", "encode", "teacher"),
+    "student": STAGES,
+}
+"""stages that each stage needs, itself included"""
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,6 @@ def run_all(
     """
     study = _start(settings, reporter)
     run = study.run
-    discard_stale_model(run)
     for stage in STAGES:
         _do(study, stage)
     found = TestPredictions(run)
@@ -128,6 +137,7 @@ def run_all(
             command=command or f"lrmil run {run.folder.config}",
             simulated=simulated,
         )
+    run.folder.mark_done(run.folder.tables, results_key(run), made_from=results_key(run))
     summary = _summary(scores)
     if settings.deploy:
         split = deployment_split(run, study.slides)
@@ -143,9 +153,9 @@ def run_all(
 
 
 def run_until(stage: str, settings: RunSettings, reporter: Reporter) -> Outcome:
-    """Do the stages up to and including `stage` for every fold."""
+    """Do `stage` for every fold, and before it what it needs."""
     study = _start(settings, reporter)
-    for name in STAGES[: STAGES.index(stage) + 1]:
+    for name in NEEDED[stage]:
         _do(study, name)
     return Outcome(study.run.folder, study.run.failures, [f"{stage}: done, in {study.run.folder.root}"])
 
@@ -167,6 +177,7 @@ def _start(settings: RunSettings, reporter: Reporter) -> Study:
     encoder = run.build_encoder().to(run.device)
     require_fitting_parts(run, encoder)
     remove_leftovers(run.folder.root)
+    discard_stale_results(run)
     save_config(settings, run.folder.config)
     cohort.write(run.folder.cohort)
     run.folder.write_failures([])

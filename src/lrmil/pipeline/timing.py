@@ -45,12 +45,12 @@ def time_answers(
 ) -> list[SlideCost]:
     """Answer each slide from its file and time it; the first slide is answered once more before, to warm up.
 
-    What was measured is kept in tables/seconds.json, and measured again only where slides, settings, machine, encoder
+    What was measured is kept in seconds.json, and measured again only where slides, settings, machine, encoder
     or head are others. Their weights take no part in it: they do not change how long an answer takes.
     """
     if not entries:
         return []
-    path = run.folder.tables / "seconds.json"
+    path = run.folder.seconds
     known = _read(path)
     key = _key(run, entries, encoder, head, resolution)
     if known.get(method, {}).get("key") != key:
