@@ -1,15 +1,13 @@
 """Checkpoints of the original programs, read into our heads.
 
-Each original layout is one `OriginalFormat`: how to recognise it, how its keys are called here, which head to build.
-A further method joins by adding its entry to `_FORMATS`.
+What each program called its keys is in `layouts`, a file a method.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +18,12 @@ from torch import Tensor
 
 from lrmil.errors import CheckpointError
 from lrmil.mil.base import MILHead
+from lrmil.mil.layouts import LAYOUTS, OriginalFormat
+from lrmil.mil.layouts.layout import State
 from lrmil.mil.registry import create_head
-
-State = dict[str, Tensor]
-HeadShape = tuple[int, int, dict[str, Any]]
-"""in_dim, num_classes, options"""
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 _PREFIXES = ("module.", "model.")
-
-
-@dataclass(frozen=True)
-class OriginalFormat:
-    """One layout of one original program."""
-
-    title: str
-    head: str
-    """Name of our head"""
-    marks: frozenset[str]
-    """Keys that this layout alone has"""
-    names: Mapping[str, str]
-    """Original key: our key"""
-    shape: Callable[[State], HeadShape]
-    """Sizes and options, read off the weights"""
-    ignored: frozenset[str] = frozenset()
-    """Keys that carry nothing"""
 
 
 def load_original(name: str, source: str | os.PathLike[str] | Mapping[str, Any]) -> MILHead:
@@ -61,10 +40,10 @@ def load_original(name: str, source: str | os.PathLike[str] | Mapping[str, Any])
     Raises:
         CheckpointError: unsafe or unreadable, of another method, or some keys do not fit; the message names them.
     """
-    formats = _FORMATS.get(name)
+    formats = LAYOUTS.get(name)
     if formats is None:
         raise CheckpointError(
-            f"no checkpoint layout is known for {name!r}.", fix=f"Choose one of: {', '.join(sorted(_FORMATS))}."
+            f"no checkpoint layout is known for {name!r}.", fix=f"Choose one of: {', '.join(sorted(LAYOUTS))}."
         )
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     state = _without_prefixes(_flat_state(source if isinstance(source, Mapping) else _read(Path(source)), where))
@@ -152,60 +131,3 @@ def _without_prefixes(state: State) -> State:
 def _some(state: State) -> str:
     keys = sorted(state)
     return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
-
-
-def _with_bias(names: Mapping[str, str]) -> dict[str, str]:
-    return {f"{old}.{part}": f"{new}.{part}" for old, new in names.items() for part in ("weight", "bias")}
-
-
-def _lrmil_shape(first_layer: str, *, gated: bool) -> Callable[[State], HeadShape]:
-    def shape(state: State) -> HeadShape:
-        hidden, in_dim = _matrix(state, first_layer)
-        options: dict[str, Any] = {"gated": gated, "hidden_dim": hidden}
-        if "inst_classifier.weight" in state:
-            options["instance_classifier"] = "features"
-        return in_dim, _matrix(state, "cls.weight")[0], options
-
-    return shape
-
-
-def _matrix(state: State, key: str) -> tuple[int, int]:
-    if key not in state or state[key].ndim != 2:
-        raise CheckpointError(f"the checkpoint has no matrix {key}.", fix="Is it of another method?")
-    rows, columns = state[key].shape
-    return rows, columns
-
-
-_LRMIL = (
-    OriginalFormat(
-        title="LRMIL's MILClassifier or StudentMIL, plain attention",
-        head="abmil",
-        marks=frozenset({"mil.attention.0.weight", "cls.weight"}),
-        names=_with_bias(
-            {
-                "mil.attention.0": "attention_v",
-                "mil.attention.2": "attention_w",
-                "cls": "classifier",
-                "inst_classifier": "instance_classifier",
-            }
-        ),
-        shape=_lrmil_shape("mil.attention.0.weight", gated=False),
-    ),
-    OriginalFormat(
-        title="LRMIL's MILClassifier or StudentMIL, gated attention",
-        head="abmil",
-        marks=frozenset({"mil.attn_a.0.weight", "cls.weight"}),
-        names=_with_bias(
-            {
-                "mil.attn_a.0": "attention_v",
-                "mil.attn_b.0": "attention_u",
-                "mil.attn_c": "attention_w",
-                "cls": "classifier",
-                "inst_classifier": "instance_classifier",
-            }
-        ),
-        shape=_lrmil_shape("mil.attn_a.0.weight", gated=True),
-    ),
-)
-
-_FORMATS: dict[str, tuple[OriginalFormat, ...]] = {"lrmil": _LRMIL, "abmil": _LRMIL}

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 
 from lrmil.errors import HeadError
 from lrmil.mil.base import MILHead
+from lrmil.mil.recipe import Recipe
 from lrmil.settings import Settings
 
 
@@ -25,6 +26,8 @@ class HeadCard:
     """Licence of the original program, from which nothing was copied"""
     gives_attention: bool
     """True if it weighs every instance by one score, so that it can teach and be taught by attention"""
+    recipe: Recipe | None = None
+    """How the original program trains it; None where there is no such program for slides"""
 
 
 class HeadSettings(Settings):

@@ -1,4 +1,4 @@
-"""What lies in an output folder was made from the config.yaml that lies there: other results go before new ones come."""
+"""Results in an output folder come of the config.yaml beside them: those of another go before new ones are made."""
 
 from __future__ import annotations
 
