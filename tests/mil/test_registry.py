@@ -14,10 +14,14 @@ def clean_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_HEADS", dict(registry._HEADS))
 
 
-@pytest.mark.parametrize("card", head_cards(), ids=lambda card: card.name)
+@pytest.mark.parametrize("card", [c for c in head_cards() if c.scales == "one"], ids=lambda card: card.name)
 @pytest.mark.parametrize("count", [1, 2, 300])
 @pytest.mark.parametrize("classes", [2, 7])
 def test_every_head_answers_bags_of_any_size(card: HeadCard, count: int, classes: int) -> None:
+    if classes > 2 and card.name == "abmil_original":
+        with pytest.raises(HeadError, match="one output"):
+            create_head(card.name, 32, classes)
+        return
     head = create_head(card.name, 32, classes).eval()
     out = head(torch.randn(count, 32), label=torch.tensor(1))
     assert out.logits.shape == (classes,)

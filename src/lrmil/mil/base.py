@@ -41,11 +41,8 @@ class NoOptions(Settings):
     """A head without options."""
 
 
-class MILHead(nn.Module):
-    """Base of all heads. A subclass defines `Options` and `score`; `forward` adds the checks.
-
-    Build heads with `create_head`, which knows their names and validates their options.
-    """
+class Head(nn.Module):
+    """What all heads share. A subclass defines `Options`. Build heads with `create_head`, which validates them."""
 
     Options: ClassVar[type[Settings]] = NoOptions
     card: HeadCard
@@ -60,6 +57,26 @@ class MILHead(nn.Module):
         self.in_dim = in_dim
         self.num_classes = num_classes
         self.options = options
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Turn logits (..., C) into class probabilities: a softmax, unless the method is defined otherwise."""
+        return torch.softmax(logits, dim=-1)
+
+    def total_loss(self, output: HeadOutput, bag_loss: Tensor) -> Tensor:
+        """Join the loss of the bag (cross-entropy of its logits) with the head's own terms."""
+        total = bag_loss if self.bag_loss_weight == 1.0 else self.bag_loss_weight * bag_loss
+        for term in output.losses.values():
+            total = total + term
+        return total
+
+    def describe(self) -> dict[str, Any]:
+        """Return what builds this head again by `create_head(**described)`, options beside the rest, ready for JSON."""
+        sizes = {"name": self.card.name, "in_dim": self.in_dim, "num_classes": self.num_classes}
+        return sizes | self.options.model_dump(mode="json")
+
+
+class MILHead(Head):
+    """Base of the heads of one bag. A subclass defines `Options` and `score`; `forward` adds the checks."""
 
     def forward(self, bag: Tensor, *, label: Tensor | None = None, coords: Tensor | None = None) -> HeadOutput:
         """Score one bag.
@@ -95,19 +112,3 @@ class MILHead(nn.Module):
     def score(self, bag: Tensor, *, label: Tensor | None, coords: Tensor | None) -> HeadOutput:
         """Do the work of `forward`; the bag has been checked."""
         raise NotImplementedError
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Turn logits (..., C) into class probabilities: a softmax, unless the method is defined otherwise."""
-        return torch.softmax(logits, dim=-1)
-
-    def total_loss(self, output: HeadOutput, bag_loss: Tensor) -> Tensor:
-        """Join the loss of the bag (cross-entropy of its logits) with the head's own terms."""
-        total = bag_loss if self.bag_loss_weight == 1.0 else self.bag_loss_weight * bag_loss
-        for term in output.losses.values():
-            total = total + term
-        return total
-
-    def describe(self) -> dict[str, Any]:
-        """Return what builds this head again by `create_head(**described)`, options beside the rest, ready for JSON."""
-        sizes = {"name": self.card.name, "in_dim": self.in_dim, "num_classes": self.num_classes}
-        return sizes | self.options.model_dump(mode="json")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
 from lrmil.errors import HeadError
-from lrmil.mil.base import MILHead
+from lrmil.mil.base import Head
 from lrmil.mil.recipe import Recipe
 from lrmil.settings import Settings
 
@@ -28,6 +28,8 @@ class HeadCard:
     """True if it weighs every instance by one score, so that it can teach and be taught by attention"""
     recipe: Recipe | None = None
     """How the original program trains it; None where there is no such program for slides"""
+    scales: Literal["one", "many"] = "one"
+    """"one": a `MILHead`, fed a bag; "many": a `MultiScaleHead`, which chooses what it reads from a `PatchSource`"""
 
 
 class HeadSettings(Settings):
@@ -37,12 +39,12 @@ class HeadSettings(Settings):
     options: dict[str, Any] = Field(default_factory=dict, description="options of that head, such as gated: true")
 
 
-HeadClass = TypeVar("HeadClass", bound=type[MILHead])
-_HEADS: dict[str, tuple[HeadCard, type[MILHead]]] = {}
+HeadClass = TypeVar("HeadClass", bound=type[Head])
+_HEADS: dict[str, tuple[HeadCard, type[Head]]] = {}
 
 
 def register_head(card: HeadCard) -> Callable[[HeadClass], HeadClass]:
-    """Decorate a `MILHead` subclass to enter it under `card.name`. A name is given once."""
+    """Decorate a subclass of `MILHead` or `MultiScaleHead` to enter it under `card.name`. A name is given once."""
 
     def enter(head_class: HeadClass) -> HeadClass:
         if card.name in _HEADS:
@@ -58,7 +60,7 @@ def head_cards() -> tuple[HeadCard, ...]:
     return tuple(_HEADS[name][0] for name in sorted(_HEADS))
 
 
-def create_head(name: str, in_dim: int, num_classes: int, **options: Any) -> MILHead:
+def create_head(name: str, in_dim: int, num_classes: int, **options: Any) -> Any:
     """Build a head with freshly drawn weights (torch's global generator), float32, on the CPU, in training mode.
 
     Args:
@@ -66,6 +68,9 @@ def create_head(name: str, in_dim: int, num_classes: int, **options: Any) -> MIL
         in_dim: width D of the instances.
         num_classes: number of logits.
         **options: the head's own; its `Options` class lists them.
+
+    Returns:
+        A `MILHead`; a `MultiScaleHead` where `HeadCard.scales` is "many".
 
     Raises:
         HeadError: no such head, or no such option.
