@@ -26,13 +26,14 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 _PREFIXES = ("module.", "model.")
 
 
-def load_original(name: str, source: str | os.PathLike[str] | Mapping[str, Any]) -> MILHead:
+def load_original(name: str, source: str | os.PathLike[str] | Mapping[str, Any], **options: Any) -> MILHead:
     """Read a checkpoint of an original program.
 
     Args:
         name: the method: "lrmil" (the authors' MILClassifier and StudentMIL, plain or gated); "abmil" is the same.
         source: a .pth/.pt/.bin/.safetensors file, or a state dict. The prefixes `module.` and `model.` are removed, and
             a dict that holds the state under "state_dict" or "model" is opened. Pickles are read as tensors only.
+        **options: options of the head, for what the weights do not tell; they win over what is read off the weights.
 
     Returns:
         The head, in eval mode.
@@ -49,7 +50,7 @@ def load_original(name: str, source: str | os.PathLike[str] | Mapping[str, Any])
     state = _without_prefixes(_flat_state(source if isinstance(source, Mapping) else _read(Path(source)), where))
     for layout in formats:
         if layout.marks <= state.keys():
-            return _build(layout, state, where)
+            return _build(layout, state, where, options)
     wanted = "; or ".join(", ".join(sorted(f.marks)) for f in formats)
     raise CheckpointError(
         f"{where} is not a checkpoint of {name!r}: its keys are {_some(state)}; those of {name!r} have {wanted}.",
@@ -57,9 +58,9 @@ def load_original(name: str, source: str | os.PathLike[str] | Mapping[str, Any])
     )
 
 
-def _build(layout: OriginalFormat, state: State, where: str) -> MILHead:
+def _build(layout: OriginalFormat, state: State, where: str, chosen: Mapping[str, Any]) -> MILHead:
     in_dim, num_classes, options = layout.shape(state)
-    head = create_head(layout.head, in_dim, num_classes, **options)
+    head = create_head(layout.head, in_dim, num_classes, **{**options, **chosen})
     own = head.state_dict()
     found: State = {}
     problems = []
@@ -114,7 +115,8 @@ def _flat_state(loaded: Mapping[str, Any], where: str) -> State:
     state: State = {}
     for key, value in loaded.items():
         if isinstance(value, Mapping):
-            state |= {f"{key}.{k}": v for k, v in value.items() if isinstance(v, Tensor)}
+            inner = _without_prefixes({str(k): v for k, v in value.items() if isinstance(v, Tensor)})
+            state |= {f"{key}.{k}": v for k, v in inner.items()}
         elif isinstance(value, Tensor):
             state[str(key)] = value
     if not state:
@@ -123,7 +125,7 @@ def _flat_state(loaded: Mapping[str, Any], where: str) -> State:
 
 
 def _without_prefixes(state: State) -> State:
-    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None):
+    while state and (prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None)):
         state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state
 
