@@ -11,9 +11,12 @@ from typing import NoReturn
 
 import numpy as np
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from lrmil.errors import OutputError
-from lrmil.files import atomic_path, read_json, remove_leftovers, sha256, write_json, write_text
+from lrmil.files import atomic_path, read_json, remove_leftovers, sha256, write_json, write_tensors, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -147,3 +150,35 @@ def test_leftovers_of_killed_processes_are_removed_unless_young(tmp_path: Path) 
     assert young.exists()
     assert all(path.exists() for path in (inner / "x.h5", *others))
     assert remove_leftovers(tmp_path / "missing") == 0
+
+
+def test_tensors_come_back_and_may_be_read_by_whoever_may_read_the_other_files(tmp_path: Path) -> None:
+    values = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(2, requires_grad=True)}
+    write_tensors(tmp_path / "w.safetensors", values)
+    stored = load_file(tmp_path / "w.safetensors")
+    assert all(torch.equal(stored[name], value) for name, value in values.items())
+    write_text(tmp_path / "w.txt", "text")
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "w.txt").stat().st_mode
+    assert names(tmp_path) == ["w.safetensors", "w.txt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("Error while serializing: I/O error: No space left on device (os error 28)", OutputError),
+        ("Error while serializing: I/O error: Input/output error (os error 5)", OSError),
+        ("Error while serializing: unknown", SafetensorError),
+    ],
+)
+def test_tensors_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, error: type[Exception]
+) -> None:
+    """safetensors reports what the system says in an error of its own."""
+
+    def fail(*_: object) -> NoReturn:
+        raise SafetensorError(words)
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(error):
+        write_tensors(tmp_path / "w.safetensors", {"a": torch.zeros(2)})
+    assert names(tmp_path) == []

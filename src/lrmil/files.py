@@ -9,7 +9,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,31 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON, atomically. NaN and infinity become null, since JSON has neither."""
     write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Any]) -> None:
+    """Write named tensors, which may be on any device, as safetensors, atomically.
+
+    Raises:
+        OutputError: see `atomic_path`.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file  # imports torch, which files of text do without
+
+    ready = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with atomic_path(path) as scratch:
+        # The library puts a file of its own there, which nobody else may read: give it the usual permissions.
+        scratch.touch()
+        mode = scratch.stat().st_mode
+        try:
+            save_file(ready, scratch)
+        except SafetensorError as error:
+            # What the system says arrives in words only: "No space left on device (os error 28)".
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            if found is None:
+                raise
+            raise OSError(int(found.group(1)), os.strerror(int(found.group(1)))) from error
+        scratch.chmod(mode)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from lrmil.encoders import Encoder, cards, create_encoder, load_encoder, save_encoder
 from lrmil.encoders.store import is_saved_encoder
@@ -122,9 +123,9 @@ def test_a_crash_while_writing_leaves_no_half_encoder(
     save_encoder(tiny(), tmp_path)
 
     def full_disk(*args: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("lrmil.encoders.store.save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(OutputError, match="disk is full"):
         save_encoder(tiny(seed=1), tmp_path)
     assert not is_saved_encoder(tmp_path)

@@ -9,7 +9,6 @@ from typing import Literal, get_args
 import timm
 import torch
 from pydantic import Field, ValidationError
-from safetensors.torch import save_file
 
 from lrmil._version import __version__
 from lrmil.encoders.cards import Embedding, EncoderCard
@@ -17,7 +16,7 @@ from lrmil.encoders.settings import PositionEmbedding
 from lrmil.encoders.vit import Encoder, build_pool, build_trunk, hash_tensors
 from lrmil.encoders.weights import fill, read_state_dict
 from lrmil.errors import BundleAltered, BundleError, ConfigError
-from lrmil.files import atomic_path, read_json, sha256, write_json
+from lrmil.files import read_json, sha256, write_json, write_tensors
 from lrmil.settings import Settings
 
 WEIGHTS_FILE = "encoder.safetensors"
@@ -60,8 +59,7 @@ def save_encoder(encoder: Encoder, folder: str | os.PathLike[str], *, dtype: Sto
     state = {key: value.detach().to("cpu", kind).contiguous() for key, value in encoder.state_dict().items()}
     # The record goes first: a folder is an encoder only while it has one, and a crash in between leaves none.
     (folder / RECORD_FILE).unlink(missing_ok=True)
-    with atomic_path(folder / WEIGHTS_FILE) as scratch:
-        save_file(state, scratch)
+    write_tensors(folder / WEIGHTS_FILE, state)
     record = EncoderRecord(
         card=encoder.card,
         table_px=encoder.table_px,

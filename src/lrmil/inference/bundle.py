@@ -19,12 +19,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lrmil._version import __version__
 from lrmil.encoders import Encoder, load_encoder, save_encoder
 from lrmil.errors import BundleAltered, BundleError, HeadError
-from lrmil.files import atomic_path, read_json, sha256, write_json, write_text
+from lrmil.files import read_json, sha256, write_json, write_tensors, write_text
 from lrmil.geometry import GridSettings
 from lrmil.inference.prepare import TileSettings
 from lrmil.mil import MILHead, create_head
@@ -95,8 +95,7 @@ def save_bundle(folder: Path, manifest: BundleManifest, encoder: Encoder, head: 
     _check_fit(folder, manifest, encoder, head)
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
     save_encoder(encoder, folder)
-    with atomic_path(folder / HEAD_FILE) as scratch:
-        save_file({k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}, scratch)
+    write_tensors(folder / HEAD_FILE, head.state_dict())
     write_text(folder / "README.md", _model_card(manifest))
     manifest = manifest.model_copy(update={"files": {name: sha256(folder / name) for name in CHECKED_FILES}})
     # As JSON reads it back: numbers that are not finite become null.

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lrmil.bags import Bag, read_bag
-from lrmil.files import atomic_path, read_json, write_json
+from lrmil.files import atomic_path, read_json, write_json, write_tensors
 from lrmil.mil import MILHead, create_head
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.keys import outputs_key
@@ -61,8 +61,7 @@ def read_bags(paths: Mapping[str, Path]) -> dict[str, Bag]:
 def store_head(head: MILHead, folder: Path) -> None:
     """Write head.safetensors and head.json."""
     write_json(folder / "head.json", head.describe())
-    with atomic_path(folder / "head.safetensors") as scratch:
-        save_file({k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}, scratch)
+    write_tensors(folder / "head.safetensors", head.state_dict())
 
 
 def stored_head(folder: Path) -> MILHead:
