@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,16 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from lrmil.errors import ConfigError
-from lrmil.evaluation import Predictions, compare_methods, concatenate, delong, delong_test, holm, permutation_test
+from lrmil.evaluation import (
+    Predictions,
+    compare_methods,
+    concatenate,
+    delong,
+    delong_test,
+    holm,
+    paired_bootstrap,
+    permutation_test,
+)
 from lrmil.evaluation.paired import placements
 
 Simulate = Callable[..., Predictions]
@@ -186,6 +196,22 @@ def test_seed_counts_must_agree(simulate: Simulate) -> None:
     one = simulate(np.random.default_rng(0), 20)
     with pytest.raises(ConfigError, match="1 seeds, the other 2"):
         permutation_test(one, _twice(one), "auc", seed=0)
+
+
+def test_a_fold_that_repeats_another_adds_no_certainty(simulate: Simulate) -> None:
+    """Repeated random splits test a patient again and again: still one patient, and DeLong cannot add such folds."""
+    rng = np.random.default_rng(3)
+    a, b = (simulate(rng, 40, folds=1, separation=s) for s in (2.0, 1.0))
+    once = paired_bootstrap(a, b, "auc", seed=0, resamples=300)
+    again = [concatenate([p, replace(p, folds=p.folds + 1)]) for p in (a, b)]
+    twice = paired_bootstrap(again[0], again[1], "auc", seed=0, resamples=300)
+    assert (twice.value, twice.low, twice.high) == pytest.approx((once.value, once.low, once.high))
+    p_values = [permutation_test(*pair, "auc", seed=0, permutations=99).p_value for pair in ((a, b), again)]
+    assert p_values[0] == p_values[1]
+    assert np.isfinite(delong_test(a, b).p_value)
+    refused = delong_test(again[0], again[1])
+    assert np.isnan(refused.p_value)
+    assert "tested in several" in refused.reason
 
 
 def test_holm_by_hand() -> None:

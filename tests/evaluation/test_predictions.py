@@ -32,12 +32,17 @@ def _of(**changes: Any) -> Predictions:
         ({"probabilities": [[0.9, 0.1], [0.5, float("nan")], [0.2, 0.8]]}, "slide b"),
         ({"probabilities": [[0.9, 0.1], [0.7, 0.7], [0.2, 0.8]]}, "slide b.*sum to 1"),
         ({"probabilities": [[0.9, 0.1, 0.0]] * 3}, "shape"),
-        ({"slide_ids": ["a", "b", "a"]}, "slide a is predicted twice"),
+        ({"slide_ids": ["a", "b", "a"], "folds": [0, 1, 0]}, "slide a is predicted twice in fold 0"),
     ],
 )
 def test_wrong_input_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _of(**changes)
+
+
+def test_folds_that_are_no_cross_validation_may_test_a_slide_again() -> None:
+    repeated = _of(slide_ids=["a", "b", "a"], patient_ids=["p", "q", "p"], folds=[0, 0, 1])
+    assert [(fold, rows.tolist()) for fold, _, rows in repeated.cells()] == [(0, [0, 1]), (1, [2])]
 
 
 def test_patient_level_is_the_mean_probability_over_slides() -> None:

@@ -122,8 +122,8 @@ def delong(positive: npt.ArrayLike, first: npt.ArrayLike, second: npt.ArrayLike,
 def delong_test(first: Predictions, second: Predictions, *, level: float = 0.95) -> DeLong:
     """DeLong within each test fold; seeds are averaged first, fold differences are averaged, their variances added.
 
-    Without a value (nan and a reason) where the task is not binary or a patient has several slides; folds without both
-    classes are left out, as in the averages beside which this is reported.
+    Without a value (nan and a reason) where the task is not binary, a patient has several slides, or folds share test
+    patients; folds without both classes are left out, as in the averages beside which this is reported.
     """
     check_paired(first, second)
     if first.num_classes != 2:
@@ -131,6 +131,8 @@ def delong_test(first: Predictions, second: Predictions, *, level: float = 0.95)
     if not first.one_slide_per_patient():
         return _no_delong("DeLong needs independent cases, and some patients have several slides")
     pairs = _pair_seeds(first, second)
+    if any(len(set(a.patient_ids)) < len(a) for a, _ in pairs):
+        return _no_delong("DeLong adds up variances of folds, and some patients are tested in several")
     folds = []
     for fold in np.unique(first.folds):
         inside = [(a.take(a.folds == fold), b.take(b.folds == fold)) for a, b in pairs]

@@ -119,7 +119,7 @@ def roc_curves(methods: Mapping[str, Predictions], title: str = "") -> Figure:
 def confusion_matrix(predictions: Predictions, title: str = "") -> Figure:
     """Counts of true class (rows) and called class (columns) over all test folds, averaged over seeds.
 
-    Each slide is a test slide once, so that adding up counts over folds pools no scores. Shaded by share of the row.
+    Calls are made within a fold, so that adding up their counts pools no scores. Shaded by share of the row.
     """
     names = predictions.class_names
     seeds = len(np.unique(predictions.seeds))

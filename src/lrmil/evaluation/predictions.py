@@ -23,6 +23,8 @@ IntArray = npt.NDArray[np.int64]
 class Predictions:
     """One row for each slide and seed, scored by the model of the fold in which the slide was a test slide.
 
+    Folds that are no cross-validation (repeated random splits) may test a slide more than once: a row for each of them.
+
     A fold's probabilities come from that fold's model alone, so scores of different folds are never compared with
     each other: metrics are taken within a fold (and seed) and then averaged.
     """
@@ -57,7 +59,7 @@ class Predictions:
 
         Raises:
             ConfigError: lengths differ, a label is no class, a probability is not a number in 0..1, a row does not sum
-                to 1 (sigmoid outputs have to be normalised first), or a slide comes twice within one seed.
+                to 1 (sigmoid outputs have to be normalised first), or a slide comes twice within one fold and seed.
         """
         slides = np.asarray([str(s) for s in slide_ids], dtype=object)
         patients = slides if patient_ids is None else np.asarray([str(p) for p in patient_ids], dtype=object)
@@ -90,12 +92,12 @@ class Predictions:
                 f"slide {slides[bad][0]}: {probability_array[bad][0].tolist()} are no class probabilities.",
                 fix="They must be finite, in 0..1 and sum to 1; normalise sigmoid outputs, and find the cause of NaN.",
             )
-        keys = pd.DataFrame({"seed": seed_array, "slide": slides})
+        keys = pd.DataFrame({"seed": seed_array, "fold": fold_array, "slide": slides})
         if keys.duplicated().any():
             twice = keys[keys.duplicated()].iloc[0]
             raise ConfigError(
-                f"slide {twice['slide']} is predicted twice with seed {twice['seed']}.",
-                fix="A slide is a test slide in exactly one fold.",
+                f"slide {twice['slide']} is predicted twice in fold {twice['fold']} with seed {twice['seed']}.",
+                fix="A fold has one answer to a slide; give answers of other models other folds or seeds.",
             )
         return cls(
             slide_ids=slides,
@@ -211,7 +213,7 @@ def concatenate(parts: Sequence[Predictions]) -> Predictions:
     """Join folds and seeds of one method.
 
     Raises:
-        ConfigError: the parts have different classes, or share a slide and seed.
+        ConfigError: the parts have different classes, or share a slide, fold and seed.
     """
     if len({part.class_names for part in parts}) != 1:
         raise ConfigError(
