@@ -23,6 +23,7 @@ from lrmil.training.stage2 import (
     TrainedHead,
     predict_bags,
     selection_auc,
+    student_head,
     teacher_signal,
     train_student,
     train_teacher,
@@ -124,6 +125,23 @@ def test_the_released_hard_loss_changes_no_prediction() -> None:
             for a, b in zip(predict_bags(without.head, val), predict_bags(effective.head, val), strict=True)
         ]
         assert any(changed), mode
+
+
+def test_weights_that_became_nan_in_the_last_step_are_told_in_one_sentence() -> None:
+    """The loss of a step is computed before its update: the first to meet such weights is the validation."""
+    settings = TeacherSettings(**_quick(learning_rate=1e37))
+    with pytest.raises(TrainingError, match="validation loss became nan"):
+        train_teacher(_bags(1, 1), _bags(4, 2), settings, num_classes=2, seed=0)
+
+
+def test_a_head_option_against_the_loss_is_refused() -> None:
+    head = HeadSettings(options={"instance_classifier": "none", "gated": True})
+    with pytest.raises(ConfigError, match="hidden needs the head's instance_classifier: hidden, not none"):
+        student_head(StudentSettings(head=head, loss=Stage2LossSettings(hard_mode="hidden")))
+    settings = StudentSettings(
+        head=HeadSettings(options={"gated": True}), loss=Stage2LossSettings(hard_mode="released")
+    )
+    assert student_head(settings).options == {"gated": True, "instance_classifier": "features"}
 
 
 def test_it_reproduces_from_its_seed() -> None:

@@ -158,10 +158,7 @@ def train_student(
         And what `train_teacher` raises.
     """
     device = torch.device(device)
-    loss, head = settings.loss, settings.head
-    if loss.lambda_hard and loss.hard_mode != "attention":
-        source = {"hidden": "hidden", "released": "features"}[loss.hard_mode]
-        head = HeadSettings(name=head.name, options={"instance_classifier": source} | head.options)
+    loss, head = settings.loss, student_head(settings)
     targets = [_target(bag, teacher, loss, num_classes, device) for bag in train]
 
     def distil(ce: Tensor, output: HeadOutput, index: int) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -169,8 +166,32 @@ def train_student(
         joined = student_loss(ce, output.logits, output.attention_logits, output.instance_logits, logits, scores, loss)
         return joined.total, joined.terms
 
-    _check_gives(head.name, loss)
     return _train(train, val, settings, num_classes, seed, device, on_epoch, head, distil)
+
+
+def student_head(settings: StudentSettings) -> HeadSettings:
+    """Return the head that `train_student` builds: that of the settings, with what its loss asks of it.
+
+    Raises:
+        ConfigError: the head cannot give what the loss needs.
+    """
+    loss, head = settings.loss, settings.head
+    gives = {card.name: card.gives_attention for card in head_cards()}.get(head.name, True)
+    if (loss.lambda_soft or (loss.lambda_hard and loss.hard_mode == "attention")) and not gives:
+        raise ConfigError(
+            f"head {head.name!r} weighs no instances, so it cannot learn from the teacher's attention.",
+            fix="Set lambda_soft and lambda_hard to 0, or choose a head that gives attention.",
+        )
+    if not loss.lambda_hard or loss.hard_mode == "attention":
+        return head
+    source = {"hidden": "hidden", "released": "features"}[loss.hard_mode]
+    if head.options.get("instance_classifier", source) != source:
+        raise ConfigError(
+            f"hard_mode: {loss.hard_mode} needs the head's instance_classifier: {source}, "
+            f"not {head.options['instance_classifier']}.",
+            fix="Leave that option out, or choose another hard_mode.",
+        )
+    return head.model_copy(update={"options": head.options | {"instance_classifier": source}})
 
 
 def predict_bags(
@@ -227,12 +248,12 @@ def selection_auc(probabilities: FloatArray, labels: IntArray) -> float:
         labels: (S,) in 0..C-1.
 
     Returns:
-        NaN if one of the C classes is missing from `labels`; never 0 or 1 in its place.
+        NaN if one of the C classes is missing from `labels`, or a probability is NaN; never 0 or 1 in its place.
     """
     from sklearn.metrics import roc_auc_score  # takes seconds to import, and only training needs it
 
     classes = probabilities.shape[1]
-    if classes < 2 or len(np.unique(labels)) < classes:
+    if classes < 2 or len(np.unique(labels)) < classes or not np.isfinite(probabilities).all():
         return float("nan")
     if classes == 2:
         return float(roc_auc_score(labels, probabilities[:, 1]))
@@ -396,16 +417,6 @@ def _target(
         aggregation=loss.region_aggregation,
     )
     return torch.tensor(signal.logits, device=device), scores
-
-
-def _check_gives(head: str, loss: Stage2LossSettings) -> None:
-    gives = {card.name: card.gives_attention for card in head_cards()}.get(head, True)
-    needs = loss.lambda_soft or (loss.lambda_hard and loss.hard_mode == "attention")
-    if needs and not gives:
-        raise ConfigError(
-            f"head {head!r} weighs no instances, so it cannot learn from the teacher's attention.",
-            fix="Set lambda_soft and lambda_hard to 0, or choose a head that gives attention.",
-        )
 
 
 def _check_splits(train: Sequence[SlideBag], val: Sequence[SlideBag], num_classes: int) -> int:
