@@ -21,6 +21,7 @@ from lrmil.encoders import Encoder
 from lrmil.errors import NotASlide
 from lrmil.pipeline.context import Run, SlideEntry, Split
 from lrmil.settings import fingerprint
+from lrmil.training.stage2 import TeacherSettings
 
 
 def tile_key(run: Run, entry: SlideEntry) -> str:
@@ -50,9 +51,19 @@ def stage1_key(run: Run, split: Split, teacher_encoder: Encoder) -> str:
 
 def label_head_key(run: Run, split: Split, encoder: Encoder, name: str) -> str:
     """Return what a head trained on labels alone depends on: the teacher, or the head of a baseline."""
-    s = run.settings
-    features = features_of(run, encoder)
-    return fingerprint(name, features, s.teacher, s.seed, split.name, _learned_from(run, split), _labels(run, split))
+    features, settings = features_of(run, encoder), label_head_settings(run, name)
+    seed = run.settings.seed
+    return fingerprint(name, features, settings, seed, split.name, _learned_from(run, split), _labels(run, split))
+
+
+def label_head_settings(run: Run, name: str) -> TeacherSettings:
+    """Return how a head is trained on labels alone: the teacher's way, and for 5x heads the student's but its loss.
+
+    The 5x baselines then differ from LRMIL in what they were taught, and in nothing else.
+    """
+    if name == "teacher":
+        return run.settings.teacher
+    return TeacherSettings.model_validate(run.settings.student.model_dump(exclude={"loss"}))
 
 
 def student_key(run: Run, split: Split, student_encoder: Encoder, teacher_encoder: Encoder) -> str:

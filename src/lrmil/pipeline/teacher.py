@@ -9,7 +9,7 @@ from lrmil.encoders import Encoder
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.encode import features_name
 from lrmil.pipeline.heads import Outputs, head_outputs, read_bags
-from lrmil.pipeline.keys import label_head_key
+from lrmil.pipeline.keys import label_head_key, label_head_settings
 from lrmil.training.loop import OnEpoch
 from lrmil.training.seeds import derive_seed
 from lrmil.training.stage2 import SlideBag, TrainedHead, train_teacher
@@ -29,7 +29,7 @@ def teacher_outputs(run: Run, split: Split, bags: Mapping[str, Bag], encoder: En
 def label_head_outputs(
     run: Run, split: Split, bags: Mapping[str, Bag], encoder: Encoder, name: str, title: str
 ) -> Outputs:
-    """Train a head on labels alone with the teacher's settings: the teacher, and every baseline without a teacher.
+    """Train a head on labels alone: the teacher, or a baseline at 5x without a teacher (see `label_head_settings`).
 
     Args:
         run: the run.
@@ -47,7 +47,7 @@ def label_head_outputs(
         return train_teacher(
             train_bags,
             val_bags,
-            s.teacher,
+            label_head_settings(run, name),
             num_classes=len(run.cohort.classes),
             seed=seed,
             device=run.device,
