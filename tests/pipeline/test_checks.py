@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from lrmil.errors import LrmilError
+from lrmil.errors import CohortError, LrmilError
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.run import run_until
 
@@ -37,6 +37,11 @@ def table_with(lab: Any, folder: Path, **columns: Any) -> str:
         ),
         ({"teacher": {"head": {"name": "abml"}}}, "HeadError", "abmil"),
         ({"student": {"head": {"options": {"gate": True}}}}, "HeadError", "gated"),
+        (
+            {"student": {"head": {"options": {"instance_classifier": "none"}}, "loss": {"hard_mode": "hidden"}}},
+            "ConfigError",
+            "needs the head's instance_classifier: hidden",
+        ),
         ({"encoder": {"precision": "float16"}}, "ConfigError", "CPU does not compute in float16"),
         (
             {"encoder": {"student_embedding": "cls+token_mean"}},
@@ -100,6 +105,30 @@ def test_a_fold_without_validation_slides_is_refused_before_training(
     table = table_with(lab, tmp_path, fold_1=parts)
     with pytest.raises(LrmilError, match="fold 1 of 1 has no validation slide"):
         lab.run(finished.copy_features(tmp_path / "run"), cohort={"table": table})
+    assert not work
+
+
+def test_folds_without_any_test_slide_are_refused_before_training(
+    lab: Any, finished: Any, work: Any, tmp_path: Path
+) -> None:
+    patients = pd.read_csv(lab.table)["patient_id"]
+    table = table_with(lab, tmp_path, fold_1=["train" if int(patient[1:]) % 3 else "val" for patient in patients])
+    with pytest.raises(LrmilError, match="no fold has a slide to test"):
+        lab.run(finished.copy_features(tmp_path / "run"), cohort={"table": table})
+    assert not work
+
+
+def test_a_deployed_model_without_a_part_is_refused_before_training(
+    lab: Any, finished: Any, work: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Slides that fail may be all of those that were to choose its epoch."""
+
+    def fail(run: Any, usable: Any) -> None:
+        raise CohortError("final model has no validation slide.")
+
+    monkeypatch.setattr("lrmil.pipeline.run.deployment_split", fail)
+    with pytest.raises(CohortError, match="final model"):
+        lab.run(finished.copy_features(tmp_path / "run"))
     assert not work
 
 

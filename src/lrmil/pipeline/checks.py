@@ -14,6 +14,7 @@ from lrmil.errors import CohortError, ConfigError
 from lrmil.geometry import check_token_grid
 from lrmil.mil import create_head
 from lrmil.pipeline.context import Run
+from lrmil.training.stage2 import student_head
 
 
 def require_usable_slides(cohort: Cohort) -> None:
@@ -62,7 +63,7 @@ def require_fitting_parts(run: Run, encoder: Encoder) -> None:
             f"teacher's of {encoder.embed_dim}.",
             fix="Set encoder.embedding and encoder.student_embedding to the same.",
         )
-    for head, in_dim in ((s.teacher.head, encoder.embed_dim), (s.student.head, student_dim)):
+    for head, in_dim in ((s.teacher.head, encoder.embed_dim), (student_head(s.student), student_dim)):
         create_head(head.name, in_dim, len(run.cohort.classes), **head.options)
     if "random_encoder" in s.evaluation.baselines and is_saved_encoder(s.encoder.name):
         raise ConfigError(

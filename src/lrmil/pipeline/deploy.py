@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -94,8 +95,10 @@ def _metrics(scores: Scores) -> dict[str, Any]:
     for row in scores.results.to_dict("records"):
         if row["method"] in (LRMIL, TEACHER, LR_ONLY):
             for name, title in (("auc", "AUC"), ("acc", "accuracy")):
+                value, low, high = (row[key] for key in (name, f"{name}_low", f"{name}_high"))
+                text = f"{value:.3f}" if math.isfinite(value) else "undefined"
+                interval = f"95 % interval {low:.3f} to {high:.3f}, " if math.isfinite(low) else ""
                 found[f"{row['method']}, {title}"] = (
-                    f"{row[name]:.3f} (95 % interval {row[f'{name}_low']:.3f} to {row[f'{name}_high']:.3f}, "
-                    f"{row['folds']} folds, {row['patients']} patients)"
+                    f"{text} ({interval}{row['folds']} folds, {row['patients']} patients)"
                 )
     return found

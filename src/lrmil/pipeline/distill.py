@@ -31,12 +31,13 @@ def distil_fold(
     pixels: RegionPixels,
     teacher: Encoder,
     teacher_outputs: Outputs | None = None,
-) -> Encoder:
-    """Train the student encoder of one fold, or load it; then encode every slide's regions with it.
+) -> None:
+    """Train the student encoder of one fold, unless it is there; then encode every slide's regions with it.
 
+    It is kept on disk alone, see `stored_student`: several large encoders at once would not fit a GPU.
     `teacher_outputs` are the HR head's, needed only with `lambda_attention_feature`; they are then of this fold too.
     """
-    step = run.folder.fold(split.name) / "stage1"
+    step = _stage1(run, split)
     key = stage1_key(run, split, teacher)
     if not run.folder.is_done(step, key):
         run.folder.begin(step)
@@ -53,9 +54,12 @@ def distil_fold(
         run.folder.mark_done(
             step, key, best_epoch=fit.best_epoch, val_loss=fit.best.loss, seconds=round(fit.seconds, 1)
         )
-    student = load_encoder(step).to(run.device)
-    _encode_fold(run, split, grids, pixels, student)
-    return student
+    _encode_fold(run, split, grids, pixels, stored_student(run, split).to(run.device))
+
+
+def stored_student(run: Run, split: Split) -> Encoder:
+    """Return the student encoder that `distil_fold` left for a fold; eval mode, CPU."""
+    return load_encoder(_stage1(run, split))
 
 
 def distilled_layers(run: Run, encoder: Encoder) -> tuple[int, ...]:
@@ -66,6 +70,10 @@ def distilled_layers(run: Run, encoder: Encoder) -> tuple[int, ...]:
 def fold_bag(run: Run, split: Split, slide_id: str) -> Path:
     """Return where the features of a fold's student encoder lie."""
     return run.folder.fold(split.name) / "features" / f"{slide_id}.h5"
+
+
+def _stage1(run: Run, split: Split) -> Path:
+    return run.folder.fold(split.name) / "stage1"
 
 
 def _train(

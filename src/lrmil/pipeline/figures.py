@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -171,7 +172,10 @@ def _key_numbers(scores: Scores) -> tuple[KeyNumber, ...]:
         if method in rows:
             row = rows[method]
             detail = f"95 % interval {row['auc_low']:.2f} to {row['auc_high']:.2f}"
-            numbers.append(KeyNumber(f"{row['auc']:.2f}", f"AUC, {method}", detail))
+            defined = math.isfinite(row["auc"])
+            numbers.append(
+                KeyNumber(f"{row['auc']:.2f}" if defined else "undefined", f"AUC, {method}", detail if defined else "")
+            )
     if LRMIL in rows and TEACHER in rows:
         ours, theirs = rows[LRMIL], rows[TEACHER]
         if ours["seconds_per_slide"] > 0 and theirs["seconds_per_slide"] > 0:
@@ -233,7 +237,7 @@ def _time_note(run: Run, costs: Mapping[str, Sequence[SlideCost]]) -> str:
 
 
 def _cohort_facts(run: Run, folds: Sequence[Split], encoder: Encoder) -> tuple[tuple[str, str], ...]:
-    slides = [x for fold in folds for x in fold.test]
+    slides = dict.fromkeys(x for fold in folds for x in fold.test)
     counts = {c: sum(run.cohort.classes[run.cohort.label_of(x)] == c for x in slides) for c in run.cohort.classes}
     g = run.settings.grid
     return (

@@ -21,7 +21,7 @@ from lrmil.pipeline.checks import require_fitting_parts, require_usable_slides
 from lrmil.pipeline.config import RunSettings, save_config
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.deploy import write_model
-from lrmil.pipeline.distill import distil_fold, distilled_layers, fold_bag
+from lrmil.pipeline.distill import distil_fold, distilled_layers, fold_bag, stored_student
 from lrmil.pipeline.encode import encode_children, encode_regions, features_name, read_regions
 from lrmil.pipeline.evaluate import (
     COLOUR,
@@ -78,8 +78,6 @@ class Study:
     grids: dict[str, MatchedGrid] = field(default_factory=dict)
     folds: list[Split] = field(default_factory=list)
     proof: str = ""
-    students: dict[str, Encoder] = field(default_factory=dict)
-    """Student encoders, by split"""
     teacher_answers: dict[str, Outputs] = field(default_factory=dict)
     student_answers: dict[str, Outputs] = field(default_factory=dict)
 
@@ -113,8 +111,12 @@ def run_all(
     """
     study = _start(settings, reporter)
     run = study.run
+    final = None
     for stage in STAGES:
         _do(study, stage)
+        if stage == "encode" and settings.deploy:
+            # Slides that failed may leave it without a part; that should be known before anything is trained.
+            final = deployment_split(run, study.slides)
     found = TestPredictions(run)
     for split in study.folds:
         found.add(TEACHER, split, study.teacher_answers[split.name])
@@ -139,13 +141,12 @@ def run_all(
         )
     run.folder.mark_done(run.folder.tables, results_key(run), made_from=results_key(run))
     summary = _summary(scores)
-    if settings.deploy:
-        split = deployment_split(run, study.slides)
+    if final is not None:
         with reporter.stage("deploy", "Training the model to deploy, on everything"):
-            _teacher(study, split)
-            _distil(study, split)
-            _student(study, split)
-            write_model(run, split, study.grids, study.encoder, study.students[split.name], scores)
+            _teacher(study, final)
+            _distil(study, final)
+            _student(study, final)
+            write_model(run, final, study.grids, study.encoder, stored_student(run, final), scores)
         summary.append(f"model: {run.folder.model}   (lrmil predict SLIDE --model {run.folder.model})")
     summary.append(f"report: {report}")
     reporter.event("run finished", failures=len(run.failures))
@@ -226,7 +227,7 @@ def _distil(study: Study, split: Split) -> None:
     answers = None
     if study.run.settings.stage1.loss.lambda_attention_feature:
         answers = _teacher(study, split)
-    study.students[split.name] = distil_fold(study.run, split, study.grids, study.pixels, study.encoder, answers)
+    distil_fold(study.run, split, study.grids, study.pixels, study.encoder, answers)
 
 
 def _teacher(study: Study, split: Split) -> Outputs:
@@ -243,7 +244,7 @@ def _student(study: Study, split: Split) -> None:
         study.hr_bags,
         study.teacher_answers[split.name],
         study.encoder,
-        study.students[split.name],
+        stored_student(study.run, split),
     )
 
 
@@ -291,7 +292,7 @@ def _measure(study: Study) -> dict[str, list[SlideCost]]:
     with run.reporter.stage("time", f"Timing answers on {len(chosen)} slides"):
         costs = {
             TEACHER: time_answers(run, TEACHER, chosen, study.encoder, stored_head(fold / "teacher"), "hr"),
-            LRMIL: time_answers(run, LRMIL, chosen, study.students[split.name], stored_head(fold / "student"), "lr"),
+            LRMIL: time_answers(run, LRMIL, chosen, stored_student(run, split), stored_head(fold / "student"), "lr"),
         }
         if "lr_only" in run.settings.evaluation.baselines:
             encoder = run.build_encoder(student=True)

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from lrmil.errors import CohortError
 from lrmil.pipeline.context import Run, Split
-from lrmil.training.folds import FINAL, Splits, final_split, folds_for
+from lrmil.training.folds import FINAL, Splits, final_split, fold_columns, folds_for
 from lrmil.training.leakage import leakage_proof
 
 
@@ -26,7 +26,7 @@ def make_splits(run: Run, usable: Collection[str]) -> tuple[list[Split], str]:
         list(kept["patient_id"]),
         list(kept["slide_id"]),
         list(kept[task]),
-        tested_once=not {"fold", "fold_1"} & set(table.columns),
+        tested_once="fold" not in table and not fold_columns(table),
     )
     run.reporter.line(proof)
     folds = [
@@ -35,6 +35,10 @@ def make_splits(run: Run, usable: Collection[str]) -> tuple[list[Split], str]:
     ]
     for fold in folds:
         _require_parts(run, fold)
+    if not any(fold.test for fold in folds):
+        raise CohortError(
+            f"{run.cohort.source}: no fold has a slide to test.", fix="Mark some patients of each fold column as test."
+        )
     return folds, proof
 
 
