@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ def load_original(name: str, source: str | os.PathLike[str] | Mapping[str, Any],
 
     Args:
         name: the method: "lrmil" (the authors' MILClassifier and StudentMIL, plain or gated); "abmil" is the same.
+            "abmil_original" (Ilse et al., plain or gated). "clam_sb", "clam_mb" (old and new CLAM, gated or not) and
+            "instance_max" (CLAM's MIL_fc and MIL_fc_mc). "dsmil" (of features or of images, any query and value).
+            A feature extractor in the file is not read, and a warning says so.
         source: a .pth/.pt/.bin/.safetensors file, or a state dict. The prefixes `module.` and `model.` are removed, and
             a dict that holds the state under "state_dict" or "model" is opened. Pickles are read as tensors only.
         **options: options of the head, for what the weights do not tell; they win over what is read off the weights.
@@ -66,7 +70,7 @@ def _build(layout: OriginalFormat, state: State, where: str, chosen: Mapping[str
     problems = []
     for key, value in state.items():
         target = layout.names.get(key)
-        if key in layout.ignored:
+        if key in layout.ignored or key.startswith(layout.ignored_prefixes):
             continue
         if target is None or target not in own:
             problems.append(f"{key}: unexpected")
@@ -85,6 +89,8 @@ def _build(layout: OriginalFormat, state: State, where: str, chosen: Mapping[str
             fix="Is it a checkpoint of another variant or method?",
         )
     head.load_state_dict(found)
+    if remark := layout.remark(state):
+        warnings.warn(f"{where}, read as {layout.title}: {remark}", UserWarning, stacklevel=3)
     return head.eval()
 
 

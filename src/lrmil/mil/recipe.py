@@ -21,6 +21,8 @@ class Recipe:
     """What is watched on the validation split; "last" keeps the last epoch"""
     patience: int | None = None
     """Epochs without gain before training ends; None: all epochs are run"""
+    earliest_stop: int = 0
+    """Training does not end before this epoch for want of patience; earlier epochs may still be kept"""
     first_epoch: int = 0
     """No epoch before this one is kept, nor counts for `patience`"""
     schedule: Literal["constant", "cosine", "step", "plateau"] = "constant"

@@ -30,6 +30,10 @@ class OriginalFormat:
     """Sizes and options, read off the weights"""
     ignored: frozenset[str] = frozenset()
     """Keys that carry nothing"""
+    ignored_prefixes: tuple[str, ...] = ()
+    """Beginnings of keys that are not the head's, such as those of a feature extractor"""
+    remark: Callable[[State], str | None] = lambda state: None
+    """What a user must know about this very checkpoint; `load_original` warns of it"""
 
 
 def with_bias(names: Mapping[str, str]) -> dict[str, str]:
@@ -43,3 +47,11 @@ def matrix_shape(state: State, key: str) -> tuple[int, int]:
         raise CheckpointError(f"the checkpoint has no matrix {key}.", fix="Is it of another method?")
     rows, columns = state[key].shape
     return rows, columns
+
+
+def left_out(state: State, prefix: str, advice: str) -> str | None:
+    """Return a remark on the keys of a feature extractor that begin with `prefix`, or None if there are none."""
+    count = sum(key.startswith(prefix) for key in state)
+    if not count:
+        return None
+    return f"its feature extractor ({count} tensors {prefix}*) is not read; {advice}."
