@@ -81,7 +81,10 @@ def test_5x_from_a_single_20x_level_is_the_box_average(shared_data, block_mean):
     slide = open_slide(path)
     got = slide.read_box((600, 700, 1112, 1212), (128, 128))
     assert np.abs(got - block_mean(own_pixels(path, (600, 700), 0, (512, 512)), 4)).max() <= 0.5
-    assert slide.stats.as_dict() == {
+    counts = slide.stats.as_dict()
+    tiles, length = counts.pop("tiles_decoded"), counts.pop("bytes_read")
+    assert (tiles == 0) == (length == 0) == (slide.reader == "openslide")
+    assert counts == {
         "reads": 1,
         "output_px": 128 * 128,
         "source_px": 512 * 512,

@@ -15,12 +15,12 @@ def cards(monkeypatch):
     return registry._CARDS
 
 
-def card(name, priority, open_):
-    return ReaderCard(name=name, formats="any", licence="Apache-2.0", priority=priority, open=open_)
+def card(name, priority, open_, **options):
+    return ReaderCard(name=name, formats="any", licence="Apache-2.0", priority=priority, open=open_, **options)
 
 
-def test_openslide_is_there():
-    assert [c.name for c in reader_cards()] == ["openslide"]
+def test_the_readers_that_come_with_the_package():
+    assert [c.name for c in reader_cards()] == ["tiff", "openslide"]
     with pytest.raises(AttributeError):
         reader_cards()[0].name = "other"  # type: ignore[misc]
 
@@ -38,10 +38,12 @@ def test_readers_are_asked_in_order_until_one_takes_the_file(cards, tmp_path, pi
 
         return open_
 
-    register_reader(card("second", 20, reader("second", True)))
-    register_reader(card("first", 10, reader("first", False)))
+    register_reader(card("second", 2, reader("second", True)))
+    register_reader(card("first", 1, reader("first", False)))
+    register_reader(card("shy", 0, reader("shy", True), automatic=False))
     assert open_slide(path, 0.25) == "second"
     assert asked == [("first", "a.tif", 0.25), ("second", "a.tif", 0.25)]
+    assert open_slide(path, reader="shy") == "shy"
     assert open_slide(path, reader="openslide").reader == "openslide"
     with pytest.raises(ConfigError, match="no reader 'third'"):
         open_slide(path, reader="third")
@@ -55,7 +57,7 @@ def test_any_other_error_is_final(cards, tmp_path, picture):
     def open_(path, mpp):
         raise MissingMpp("nothing said.", slide=path.name)
 
-    register_reader(card("first", 10, open_))
+    register_reader(card("first", 1, open_))
     with pytest.raises(MissingMpp):
         open_slide(path)
 
@@ -66,7 +68,7 @@ def test_the_most_general_reader_says_why(cards, tmp_path):
     def open_(path, mpp):
         raise NotASlide("special.", slide=path.name)
 
-    register_reader(card("first", 10, open_))
+    register_reader(card("first", 1, open_))
     with pytest.raises(NotASlide, match="OpenSlide"):
         open_slide(tmp_path / "a.svs")
 

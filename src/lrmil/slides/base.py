@@ -67,7 +67,7 @@ class Slide(ABC):
         self.mpp = mpp
         """um per level-0 pixel"""
         self.mpp_source = mpp_source
-        """who said so: "user", "vendor metadata" or "TIFF resolution tags" """
+        """who said so: "user", "vendor metadata", "TIFF resolution tags" or "OME-XML" """
         self.background_rgb = background_rgb
         """colour of pixels that were never scanned"""
         self.bounds_l0 = bounds_l0 or (0, 0, *dimensions)

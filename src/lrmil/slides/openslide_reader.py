@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import openslide
 
-from lrmil.errors import NotASlide, SlideError
+from lrmil.errors import SlideError
 from lrmil.slides.base import Slide
 from lrmil.slides.blocks import DecodeError
 from lrmil.slides.levels import Level, nominal_downsample
+from lrmil.slides.openslide_facts import read_facts
 from lrmil.slides.resample import UInt8Array
-from lrmil.slides.scale import TIFF_TAGS, VENDOR, StatedMpp, believed_mpp
-from lrmil.slides.tiff_tags import describe_tiff, tiff_resolution
 
 READER = "openslide"
 
@@ -45,36 +44,23 @@ class OpenSlideSlide(Slide):
     ) -> None:
         self._open_handle = open_handle
         self._user_mpp = mpp
-        try:
-            handle = open_handle(str(path))
-            dimensions = handle.dimensions
-            level_dimensions, self._own_downsamples = handle.level_dimensions, handle.level_downsamples
-            properties = dict(handle.properties)
-        except openslide.OpenSlideUnsupportedFormatError as error:
-            reason = describe_tiff(path) or "it is of no kind that OpenSlide knows"
-            raise NotASlide(f"{reason}.", slide=path.name, fix=_CONVERT) from error
-        except openslide.OpenSlideError as error:
-            raise NotASlide(
-                f"the file is damaged ({error}).", slide=path.name, fix="Copy or export it again."
-            ) from error
-        vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
-        stated = (lambda: _stated(properties, vendor), lambda: tiff_resolution(path))
-        level0_mpp, source = believed_mpp(path.name, user=mpp, stated=(s for say in stated if (s := say()) is not None))
+        facts, handle = read_facts(path, mpp, open_handle)
+        dimensions, self._own_downsamples = facts.dimensions, facts.own_downsamples
         super().__init__(
             path,
             reader=READER,
-            vendor=vendor,
+            vendor=facts.vendor,
             dimensions=dimensions,
             levels=[
                 Level(index, width, height, nominal_downsample(dimensions, (width, height)))
-                for index, (width, height) in enumerate(level_dimensions)
+                for index, (width, height) in enumerate(facts.level_dimensions)
             ],
-            mpp=level0_mpp,
-            mpp_source=source,
-            background_rgb=_background(properties),
-            bounds_l0=_bounds(properties, dimensions),
+            mpp=facts.mpp,
+            mpp_source=facts.mpp_source,
+            background_rgb=facts.background_rgb,
+            bounds_l0=facts.bounds_l0,
         )
-        self.properties: Mapping[str, str] = properties
+        self.properties: Mapping[str, str] = facts.properties
         self.reopened = 0
         """how often an error made a new handle necessary"""
         self._lock = threading.Lock()
@@ -153,39 +139,3 @@ class OpenSlideSlide(Slide):
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to another process as path and mpp; the file is opened anew there."""
         return OpenSlideSlide, (self.path, self._user_mpp)
-
-
-_CONVERT = "Give a whole-slide image, or convert it to a tiled pyramidal TIFF (8-bit RGB)."
-
-
-def _stated(properties: Mapping[str, str], vendor: str) -> StatedMpp | None:
-    x = _number(properties.get(openslide.PROPERTY_NAME_MPP_X))
-    y = _number(properties.get(openslide.PROPERTY_NAME_MPP_Y))
-    if x is None or y is None:
-        return None
-    return StatedMpp(x, y, TIFF_TAGS if vendor == "generic-tiff" else VENDOR)
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return None
-
-
-def _background(properties: Mapping[str, str]) -> tuple[int, int, int]:
-    colour = properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "")
-    try:
-        red, green, blue = bytes.fromhex(colour)
-    except ValueError:
-        return 255, 255, 255
-    return red, green, blue
-
-
-def _bounds(properties: Mapping[str, str], dimensions: tuple[int, int]) -> tuple[int, int, int, int]:
-    names = ("openslide.bounds-x", "openslide.bounds-y", "openslide.bounds-width", "openslide.bounds-height")
-    x, y, width, height = (_number(properties.get(name)) for name in names)
-    if x is None or y is None or not width or not height:
-        return 0, 0, *dimensions
-    right, bottom = min(x + width, dimensions[0]), min(y + height, dimensions[1])
-    return max(0, int(x)), max(0, int(y)), int(right), int(bottom)

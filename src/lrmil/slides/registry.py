@@ -23,7 +23,13 @@ class ReaderCard:
     open: Callable[[Path, float | None], Slide]
     """Takes the path and the user's level-0 mpp. Raises `NotASlide` to leave the file to the next reader; any other
     error is final."""
+    automatic: bool = True
+    """Whether `open_slide` asks it without being told to; otherwise it is asked by name only."""
 
+
+DIRECT_TIFF_BY_DEFAULT = False
+"""Whether tiled TIFF and SVS are read directly where nothing else is said. `open_slide(path, reader="tiff")` does so
+anyway, `reader="openslide"` never."""
 
 _CARDS: dict[str, ReaderCard] = {}
 
@@ -51,7 +57,7 @@ def open_slide(path: str | os.PathLike[str], mpp: float | None = None, *, reader
     Args:
         path: the file; of a slide that consists of many files, the one that OpenSlide's documentation names.
         mpp: the true level-0 um/px, where the file does not tell or is wrong; overrides the file.
-        reader: ask this reader only.
+        reader: ask this reader only, one of the names of `reader_cards()`.
 
     Raises:
         NotASlide: the file is missing, or no reader understands it.
@@ -61,9 +67,10 @@ def open_slide(path: str | os.PathLike[str], mpp: float | None = None, *, reader
     """
     path = Path(path)
     _check_file(path)
-    cards = reader_cards()
-    if reader is not None:
-        cards = tuple(card for card in cards if card.name == reader)
+    if reader is None:
+        cards = tuple(card for card in reader_cards() if card.automatic)
+    else:
+        cards = tuple(card for card in reader_cards() if card.name == reader)
         if not cards:
             raise ConfigError(f"there is no reader {reader!r}.", fix=f"Choose one of {', '.join(sorted(_CARDS))}.")
     refusals: list[NotASlide] = []
@@ -93,12 +100,28 @@ def _check_file(path: Path) -> None:
         raise NotASlide("the file is empty.", slide=path.name, fix="Copy it again.")
 
 
+def _open_directly(path: Path, mpp: float | None) -> Slide:
+    from lrmil.slides.tiff.reader import TiffSlide
+
+    return TiffSlide(path, mpp)
+
+
 def _open_with_openslide(path: Path, mpp: float | None) -> Slide:
     from lrmil.slides.openslide_reader import OpenSlideSlide
 
     return OpenSlideSlide(path, mpp)
 
 
+register_reader(
+    ReaderCard(
+        name="tiff",
+        formats="Aperio and tiled TIFF, 8-bit RGB (JPEG, Aperio's JPEG 2000, LZW, deflate, none), OME-TIFF pyramids",
+        licence="Apache-2.0",
+        priority=10,
+        open=_open_directly,
+        automatic=DIRECT_TIFF_BY_DEFAULT,
+    )
+)
 register_reader(
     ReaderCard(
         name="openslide",

@@ -20,6 +20,7 @@ MAX_ANISOTROPY = 0.02
 USER = "user"
 VENDOR = "vendor metadata"
 TIFF_TAGS = "TIFF resolution tags"
+OME_XML = "OME-XML"
 
 GIVE_MPP = "Give its true level-0 um/px in the column `mpp` of the cohort table or with --mpp."
 

@@ -23,6 +23,10 @@ class ReadStats:
         """Pixels of the levels that were read to make them."""
         self.level_reads: dict[int, int] = {}
         """Blocks read from each level, by index."""
+        self.tiles_decoded = 0
+        """Compressed tiles that were decoded, each time counted; only the readers that decode themselves can tell."""
+        self.bytes_read = 0
+        """Compressed bytes of those tiles."""
         self.unreadable = 0
         """Boxes, and blocks of overviews, that could not be decoded."""
         self.finest_mpp_asked = math.inf
@@ -41,6 +45,12 @@ class ReadStats:
             self.source_px += source_px
             self.level_reads[level.index] = self.level_reads.get(level.index, 0) + 1
 
+    def add_tile(self, length_bytes: int) -> None:
+        """Count one compressed tile that was read and decoded."""
+        with self._lock:
+            self.tiles_decoded += 1
+            self.bytes_read += length_bytes
+
     def add_unreadable(self) -> None:
         """Count one box that could not be decoded."""
         with self._lock:
@@ -54,6 +64,8 @@ class ReadStats:
                 "output_px": self.output_px,
                 "source_px": self.source_px,
                 "level_reads": {str(index): count for index, count in sorted(self.level_reads.items())},
+                "tiles_decoded": self.tiles_decoded,
+                "bytes_read": self.bytes_read,
                 "unreadable": self.unreadable,
                 "finest_mpp_asked": self.finest_mpp_asked if math.isfinite(self.finest_mpp_asked) else None,
             }

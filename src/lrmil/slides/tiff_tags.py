@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import tifffile
 
-from lrmil.slides.scale import TIFF_TAGS, StatedMpp
+from lrmil.slides.scale import OME_XML, TIFF_TAGS, StatedMpp
 
 _UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}
 """TIFF 6.0 ResolutionUnit: 2 = inch, 3 = centimetre; 1 = no unit, which says nothing about size."""
@@ -24,6 +25,32 @@ def tiff_resolution(path: Path) -> StatedMpp | None:
     if unit is None or per_unit[0] is None or per_unit[1] is None:
         return None
     return StatedMpp(unit / per_unit[0], unit / per_unit[1], TIFF_TAGS)
+
+
+_OME_UM_PER_UNIT = {"µm": 1.0, "um": 1.0, "μm": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
+"""Units of OME-XML; micrometre is what is meant where none is named."""
+
+
+def ome_pixel_size(path: Path) -> StatedMpp | None:
+    """Return the mpp that the first Pixels element of an OME-TIFF's XML states, or None."""
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            text = tiff.pages.first.description
+    except (tifffile.TiffFileError, OSError, ValueError, TypeError, IndexError, AttributeError):
+        return None
+    element = re.search(r"<(?:\w+:)?Pixels\s[^>]*>", text) if "<OME" in text or ":OME" in text else None
+    if element is None:
+        return None
+    sides = []
+    for axis in "XY":
+        size = re.search(rf"\bPhysicalSize{axis}\s*=\s*[\"']([^\"']+)[\"']", element[0])
+        unit = re.search(rf"\bPhysicalSize{axis}Unit\s*=\s*[\"']([^\"']+)[\"']", element[0])
+        scale = _OME_UM_PER_UNIT.get(unit[1]) if unit else 1.0
+        try:
+            sides.append(float(size[1]) * scale if size and scale else None)
+        except ValueError:
+            return None
+    return None if sides[0] is None or sides[1] is None else StatedMpp(sides[0], sides[1], OME_XML)
 
 
 def describe_tiff(path: Path) -> str | None:

@@ -1,0 +1,119 @@
+"""JPEG 2000 tiles as Aperio's scanners write them: RGB (33005), or YCbCr with chroma at half width (33003)."""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import imagecodecs
+import numpy as np
+from PIL import Image
+
+from lrmil.slides.blocks import DecodeError
+from lrmil.slides.resample import UInt8Array
+from lrmil.slides.tiff.structure import NotUnderstood
+
+_REDUCTIONS = {2: 1, 4: 2, 8: 4}
+"""What to decode at, where an average over 2, 4 or 8 pixels is wanted: one step finer, since the wavelet's low-pass is
+another filter than an average."""
+
+_SIZ_BYTES = 42
+"""from the start of the stream to the list of components"""
+
+
+class Jpeg2000Tiles:
+    """Decodes tiles of `tile_px` (width, height), three components of 8 bits, `ycbcr` or RGB."""
+
+    def __init__(self, tile_px: tuple[int, int], ycbcr: bool) -> None:
+        self._tile_px = tile_px
+        self._ycbcr = ycbcr
+
+    def check(self, data: bytes) -> None:
+        """Look at the header of one tile.
+
+        Raises:
+            NotUnderstood: it is intact, but of a kind that is not read directly.
+            DecodeError: it is damaged.
+        """
+        sampling = self._sampling(data)
+        if sampling != ((1, 1),) * 3 and not (self._ycbcr and sampling == ((1, 1), (2, 1), (2, 1))):
+            raise NotUnderstood(f"its JPEG 2000 components are sampled {sampling}")
+
+    def reduction(self, factor: int) -> int:
+        """Return by how much to reduce while decoding, where the average over `factor` is wanted."""
+        return _REDUCTIONS.get(factor, 1)
+
+    def decode(self, data: bytes, reduction: int = 1) -> UInt8Array:
+        """Return the pixels of one tile, reduced to 1/`reduction`, (h, w, 3).
+
+        Raises:
+            DecodeError: the stream is damaged in any way that OpenJPEG notices.
+        """
+        whole = self._sampling(data) == ((1, 1),) * 3
+        try:
+            if whole and reduction == 1:
+                pixels = np.asarray(imagecodecs.jpeg2k_decode(data))
+            else:
+                pixels = _decode_with_pillow(data if whole else _stretched(data), reduction)
+                pixels = pixels if whole else pixels[::2]
+        except Exception as error:
+            raise DecodeError(f"JPEG 2000: {error}") from error
+        width, height = self._tile_px[0] // reduction, self._tile_px[1] // reduction
+        if pixels.shape != (height, width, 3) or pixels.dtype != np.uint8:
+            raise DecodeError(f"JPEG 2000: decoded to {pixels.shape}, where {(height, width, 3)} was expected")
+        return _rgb(pixels) if self._ycbcr else pixels
+
+    def _sampling(self, data: bytes) -> tuple[tuple[int, int], ...]:
+        """Return (horizontal, vertical) subsampling of each component: ITU-T T.800, A.5.1."""
+        if data[:4] != b"\xff\x4f\xff\x51" or len(data) < _SIZ_BYTES + 9:
+            raise DecodeError("JPEG 2000: the stream does not begin with its size")
+        right, bottom, *origin_and_tiles, components = struct.unpack(">8IH", data[8:_SIZ_BYTES])
+        if (right, bottom) != self._tile_px or origin_and_tiles[:2] != [0, 0] or components != 3:
+            raise DecodeError(f"JPEG 2000: {right} x {bottom} px where a tile has {self._tile_px}")
+        parts = [data[_SIZ_BYTES + 3 * i : _SIZ_BYTES + 3 * i + 3] for i in range(3)]
+        if any(depth != 7 for depth, _, _ in parts):
+            raise DecodeError("JPEG 2000: samples are not of 8 bits")
+        return tuple((x, y) for _, x, y in parts)
+
+
+def _decode_with_pillow(data: bytes, reduction: int) -> UInt8Array:
+    with Image.open(io.BytesIO(data), formats=["JPEG2000"]) as image:
+        image.reduce = reduction.bit_length() - 1  # type: ignore[assignment,method-assign]
+        image.load()
+        return np.array(image)
+
+
+def _stretched(data: bytes) -> bytes:
+    """Double the reference grid along y, in the stream's header only: each component keeps its samples.
+
+    Decoders turn a stream with subsampled chroma into RGB by their own arithmetic, which differs from OpenSlide's by a
+    grey level. They do not recognise one whose luma, too, covers two grid points, and repeat its samples instead: every
+    second row then holds Y, Cb and Cr as they are, chroma repeated along x.
+    """
+    header = bytearray(data[: _SIZ_BYTES + 9])
+    for position in (12, 20, 28, 36):  # lower edge and offset of the image, height and offset of its tiles
+        (value,) = struct.unpack_from(">I", header, position)
+        struct.pack_into(">I", header, position, min(2 * value, 2**32 - 1))
+    for component in range(3):
+        header[_SIZ_BYTES + 3 * component + 2] *= 2
+    return bytes(header) + data[len(header) :]
+
+
+def _fixed(value: float) -> int:
+    return int(value * 65536 + 0.5)
+
+
+_CENTRED = np.arange(256, dtype=np.int32) - 128
+_RED_OF_CR = ((_fixed(1.402) * _CENTRED + 32768) >> 16).astype(np.int16)
+_BLUE_OF_CB = ((_fixed(1.772) * _CENTRED + 32768) >> 16).astype(np.int16)
+_GREEN_OF_CB = -_fixed(0.34414) * _CENTRED
+_GREEN_OF_CR = -_fixed(0.71414) * _CENTRED + 32768
+"""JFIF's conversion in 16-bit fixed point, as libjpeg and OpenSlide compute it."""
+
+
+def _rgb(ycbcr: UInt8Array) -> UInt8Array:
+    luma = ycbcr[..., 0].astype(np.int16)
+    blue, red = ycbcr[..., 1], ycbcr[..., 2]
+    green = ((_GREEN_OF_CB[blue] + _GREEN_OF_CR[red]) >> 16).astype(np.int16)
+    channels = (luma + _RED_OF_CR[red], luma + green, luma + _BLUE_OF_CB[blue])
+    return np.stack([np.clip(channel, 0, 255).astype(np.uint8) for channel in channels], axis=-1)
