@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lrmil.errors import CheckpointError
-from lrmil.mil.base import MILHead
+from lrmil.mil.base import Head
 from lrmil.mil.layouts import LAYOUTS, OriginalFormat
 from lrmil.mil.layouts.layout import State
 from lrmil.mil.registry import create_head
@@ -27,20 +27,21 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 _PREFIXES = ("module.", "model.")
 
 
-def load_original(name: str, source: str | os.PathLike[str] | Mapping[str, Any], **options: Any) -> MILHead:
+def load_original(name: str, source: str | os.PathLike[str] | Mapping[str, Any], **options: Any) -> Any:
     """Read a checkpoint of an original program.
 
     Args:
         name: the method: "lrmil" (the authors' MILClassifier and StudentMIL, plain or gated); "abmil" is the same.
             "abmil_original" (Ilse et al., plain or gated). "clam_sb", "clam_mb" (old and new CLAM, gated or not) and
             "instance_max" (CLAM's MIL_fc and MIL_fc_mc). "dsmil" (of features or of images, any query and value).
+            "zoommil". "hdmil", whose two files go in together as {"dmin": ..., "lipn": ...} or one dict; "dmin" alone.
             A feature extractor in the file is not read, and a warning says so.
         source: a .pth/.pt/.bin/.safetensors file, or a state dict. The prefixes `module.` and `model.` are removed, and
             a dict that holds the state under "state_dict" or "model" is opened. Pickles are read as tensors only.
         **options: options of the head, for what the weights do not tell; they win over what is read off the weights.
 
     Returns:
-        The head, in eval mode.
+        The head, in eval mode: a `MILHead`, or a `MultiScaleHead` where `HeadCard.scales` is "many".
 
     Raises:
         CheckpointError: unsafe or unreadable, of another method, or some keys do not fit; the message names them.
@@ -62,7 +63,7 @@ def load_original(name: str, source: str | os.PathLike[str] | Mapping[str, Any],
     )
 
 
-def _build(layout: OriginalFormat, state: State, where: str, chosen: Mapping[str, Any]) -> MILHead:
+def _build(layout: OriginalFormat, state: State, where: str, chosen: Mapping[str, Any]) -> Head:
     in_dim, num_classes, options = layout.shape(state)
     head = create_head(layout.head, in_dim, num_classes, **{**options, **chosen})
     own = head.state_dict()
