@@ -91,10 +91,11 @@ def test_what_is_written_is_read_again(folder):
 CELL = st.text(
     st.characters(codec="utf-8", exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"]), min_size=1, max_size=8
 ).filter(lambda t: t.lower() not in ("nan", "na", "n/a", "#n/a"))
+ID = CELL.filter(lambda t: t not in (".", "..") and not set(t) & set("/\\"))
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(ids=st.lists(CELL, min_size=2, max_size=8, unique=True), patients=st.lists(CELL, min_size=8, max_size=8))
+@given(ids=st.lists(ID, min_size=2, max_size=8, unique=True), patients=st.lists(CELL, min_size=8, max_size=8))
 def test_any_text_survives_as_an_id(tmp_path, ids, patients):
     text = io.StringIO()
     writer = csv.writer(text)
@@ -222,6 +223,18 @@ def test_a_canonical_column_wins_over_an_alias(folder):
 def test_a_task_may_be_called_like_a_column_of_ours(folder):
     cohort = load_cohort(save(folder, "slide_id,patient_id,site\ns1,p1,a\ns2,p2,b"), task="site", check_files=False)
     assert cohort.classes == ("a", "b")
+    assert list(cohort.table.columns) == ["slide_id", "patient_id", "site"]
+    assert cohort.targets().tolist() == [0, 1]
+    assert "site: a 1 (1), b 1 (1)" in cohort.summary()
+
+
+def test_overall_survival_as_a_label_beside_its_time(folder):
+    path = save(folder, "slide_id,patient_id,time,event\ns1,p1,10.5,0\ns2,p2,3,1")
+    cohort = load_cohort(path, task="event", check_files=False)
+    assert cohort.targets().tolist() == [0, 1]
+    assert cohort.table["time"].tolist() == [10.5, 3.0]
+    cohort.write(folder / "again.csv")
+    assert load_cohort(folder / "again.csv", task="event", check_files=False).table.equals(cohort.table)
 
 
 # Labels
@@ -339,6 +352,24 @@ def test_missing_files_may_be_dropped(folder):
     path = save(folder, "slide_id,patient_id,label,path\ns0,p0,a,slides/s0.svs\nsx,p1,b,slides/sx.svs")
     with pytest.raises(CohortError, match="2 files of 2 slides are missing"):
         load_cohort(path, missing="drop")
+
+
+def test_dropping_a_slide_keeps_the_others_of_its_patient(folder):
+    for name in ("P1-a", "P1-b", "P2-a"):
+        (folder / "slides" / f"{name}.svs").touch()
+    for name in ("P1-a", "P2-a"):
+        (folder / "features" / f"{name}.h5").touch()
+    path = save(folder, "P_ID,label\nP1,a\nP2,b")
+    cohort = load_cohort(path, slides_dir=folder / "slides", features_dir=folder / "features", missing="drop")
+    assert cohort.table["slide_id"].tolist() == ["P1-a", "P2-a"]
+    assert any("1 slides are left out because files are missing (P1-b)" in w for w in cohort.warnings)
+
+
+@pytest.mark.parametrize("name", ["../s1", "a/s1", "..", "/tmp/s1", "a\\s1"])
+def test_an_id_that_would_write_elsewhere(folder, name):
+    path = save(folder, f"slide_id,patient_id,label\n{name},p1,a\ns2,p2,b")
+    with pytest.raises(CohortError, match=r"row 2, column slide_id: .* cannot be the name of a file"):
+        load_cohort(path, check_files=False)
 
 
 def test_a_slide_that_is_not_in_the_folder(folder):

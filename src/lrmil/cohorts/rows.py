@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from lrmil.cohorts.columns import FILE, Columns, near, understand
@@ -20,9 +21,8 @@ from lrmil.cohorts.slide_files import (
     stem,
 )
 from lrmil.errors import CohortError
+from lrmil.slides.scale import MAX_MPP, MIN_MPP
 
-MPP_RANGE = (0.05, 20.0)
-"""um per level-0 pixel that a microscope can have"""
 _SHOWN = 10
 
 
@@ -162,29 +162,30 @@ def fill_files(
         loading.rows = rows.drop(columns=list(folders))
         return
     missing: list[tuple[int, str, str, Path]] = []
+    lost = np.zeros(len(rows), bool)  # by place: slides of a table of patients share their row of the file
     for column, index in folders.items():
         files: list[str | None] = []
-        for row, slide_id, value in zip(rows.index, rows["slide_id"], rows[column], strict=True):
+        for place, (row, slide_id, value) in enumerate(zip(rows.index, rows["slide_id"], rows[column], strict=True)):
             if value is not None:
                 found: Path | None = locate(value, base, None if index is None else index.folder)
             else:
                 found = None if index is None else index.find(slide_id)
                 if index is not None and found is None:
                     missing.append((row, slide_id, "nothing by that name in", index.folder))
+                    lost[place] = True
             if found is not None and check_files and not found.exists():
                 missing.append((row, slide_id, loading.columns.source.get(column, column), found))
+                lost[place] = True
             files.append(None if found is None else str(found))
         rows[column] = files
-    nowhere = rows["path"].isna() & rows["features"].isna()
-    for row in rows.index[nowhere]:
-        if not any(m[0] == row for m in missing):
-            missing.append((int(row), rows["slide_id"][row], "an empty", Path("path")))
+    for place in np.flatnonzero(rows["path"].isna() & rows["features"].isna() & ~lost).tolist():
+        missing.append((int(rows.index[place]), rows["slide_id"].iloc[place], "an empty", Path("path")))
+        lost[place] = True
     if missing and (drop or not check_files):
-        lost = {m[0] for m in missing}
         if drop:
-            names = ", ".join(rows["slide_id"][rows.index.isin(lost)][:_SHOWN])
-            loading.notes.append(f"{len(lost)} slides are left out because files are missing ({names})")
-            rows = rows[~rows.index.isin(lost)]
+            names = ", ".join(rows["slide_id"][lost][:_SHOWN])
+            loading.notes.append(f"{lost.sum()} slides are left out because files are missing ({names})")
+            rows = rows[~lost]
             if not len(rows):
                 require_files(loading.path, missing, len(lost))
     else:
@@ -193,8 +194,16 @@ def fill_files(
 
 
 def check_slides(loading: Loading) -> None:
-    """Every slide once: neither an id nor a file may stand in two rows."""
+    """Every slide once, by a name that files can have: neither an id nor a file may stand in two rows."""
     rows = loading.rows
+    for row, slide_id in rows["slide_id"].items():
+        if slide_id in (".", "..") or any(c in "/\\" or ord(c) < 32 for c in slide_id):
+            raise loading.fail(
+                int(str(row)),
+                "slide_id",
+                f"{slide_id!r} cannot be the name of a file",
+                "Outputs are named after the slide: give an id without folders, and the file in a column path.",
+            )
     for column in ("slide_id", "path", "features"):
         if column not in rows:
             continue
@@ -218,8 +227,8 @@ def parse_numbers(loading: Loading) -> None:
     """Turn mpp, time and event into numbers, and check that they can be true."""
     rules = {
         "mpp": (
-            lambda v: MPP_RANGE[0] <= v <= MPP_RANGE[1],
-            f"um per level-0 pixel, {MPP_RANGE[0]} to {MPP_RANGE[1]:g}",
+            lambda v: MIN_MPP <= v <= MAX_MPP,
+            f"um per level-0 pixel, {MIN_MPP:g} to {MAX_MPP:g}",
         ),
         "time": (lambda v: 0 <= v < float("inf"), "a time of follow-up, 0 or more"),
         "event": (lambda v: v in (0.0, 1.0), "1 where the event was seen and 0 where not"),

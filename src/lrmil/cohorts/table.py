@@ -186,5 +186,5 @@ def load_cohort(
 
 def _tidy(loading: Loading) -> pd.DataFrame:
     rows = loading.rows
-    first = [*_FIRST, *loading.tasks, *(c for c in _LATER if c in rows)]
+    first = [*_FIRST, *loading.tasks, *(c for c in _LATER if c in rows and c not in loading.tasks)]
     return rows[[*first, *(c for c in rows if c not in first)]].reset_index(drop=True)
