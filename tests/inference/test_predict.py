@@ -135,6 +135,13 @@ def test_nothing_finer_than_low_resolution_is_asked_for(
     assert any("resampled" in note for note in answer.warnings) == (mpp == 0.3)
 
 
+def test_the_picture_of_an_unsnapped_slide_is_no_finer_than_its_regions(bundle, write_slide):
+    """A whole number of pixels near 2.0 um is 7 x 0.28 = 1.96; regions are 228 or 229 px wide."""
+    slide = RecordingSlide(open_slide(write_slide(0.28, (1,))))
+    bundle.predict(slide, picture=True)
+    assert 2.0 * 0.995 <= slide.finest_mpp <= 2.0
+
+
 @pytest.mark.parametrize("downsamples", [(1, 4, 16), (1, 2, 4, 8), (1,)])
 def test_twins_of_40x_and_20x_get_the_same_answer(bundle, write_slide, downsamples):
     forty, twenty = (bundle.predict(write_slide(mpp, downsamples, shrink)) for mpp, shrink in ((0.25, 1), (0.5, 2)))

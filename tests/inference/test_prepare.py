@@ -120,6 +120,15 @@ def test_the_overview_stays_at_low_resolution_too(write_slide, mpp, downsamples,
     assert all(request.level >= slide.level_for(2.0).index for request in slide.requests)
 
 
+@pytest.mark.parametrize("mpp", [0.28, 0.33])
+def test_an_overview_does_not_round_to_what_is_finer_than_regions(write_slide, mpp):
+    """7 x 0.28 = 1.96 and 6 x 0.33 = 1.98 are whole numbers of pixels near 2.0, and finer."""
+    slide = RecordingSlide(open_slide(write_slide(mpp, (1,))))
+    prepared = prepare_slide(slide, GRID, TissueSettings(mpp=1.0), TILES)
+    assert not prepared.grid.scale.snapped
+    assert 2.0 <= slide.finest_mpp <= 2.2
+
+
 def test_bad_files(shared_data):
     bad = shared_data / "bad"
     for name in ("broken.svs", "smalltif.tif"):

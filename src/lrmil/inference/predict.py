@@ -17,7 +17,7 @@ from lrmil.errors import ConfigError
 from lrmil.files import write_json
 from lrmil.geometry import IntArray
 from lrmil.inference.bundle import BundleManifest, load_parts
-from lrmil.inference.prepare import PreparedSlide, prepare_slide
+from lrmil.inference.prepare import PreparedSlide, finest_overview_mpp, prepare_slide
 from lrmil.inference.stream import ReadingLog, encode_patches, region_reads
 from lrmil.slides import Overview, Slide, io_counter, open_slide
 
@@ -260,7 +260,8 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 
 def _closer_view(slide: Slide, prepared: PreparedSlide) -> Overview:
     overview = prepared.overview
-    wanted_mpp = max(prepared.grid.scale.lr_mpp, overview.mpp * max(overview.scanned.shape) / _PICTURE_SIDE_PX)
+    closest_mpp = finest_overview_mpp(prepared.grid.scale)
+    wanted_mpp = max(closest_mpp, overview.mpp * max(overview.scanned.shape) / _PICTURE_SIDE_PX)
     return slide.overview(wanted_mpp) if wanted_mpp < overview.mpp else overview
 
 

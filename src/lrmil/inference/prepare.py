@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pydantic import Field
 
 from lrmil.errors import NoTissue, TooManyUnreadable
-from lrmil.geometry import GridSettings, MatchedGrid, match_grids
+from lrmil.geometry import GridSettings, MatchedGrid, SlideScale, match_grids
 from lrmil.settings import Settings
 from lrmil.slides import Overview, Slide
+from lrmil.slides.overview import SNAP_FACTOR
 from lrmil.tissue import TissueMask, TissueSettings, find_tissue
 
 
@@ -67,8 +68,8 @@ def survey_slide(slide: Slide, grid: GridSettings, tissue: TissueSettings, tiles
     """
     began = time.perf_counter()
     # The scale is checked before any pixel is read: a hopeless slide should cost nothing.
-    match_grids(grid, slide.mpp, slide.dimensions, slide=slide.name)
-    mask, overview = find_tissue(slide, tissue, finest_mpp=grid.lr_mpp)
+    scale = match_grids(grid, slide.mpp, slide.dimensions, slide=slide.name).scale
+    mask, overview = find_tissue(slide, tissue, finest_mpp=finest_overview_mpp(scale))
     matched = match_grids(
         grid,
         slide.mpp,
@@ -79,6 +80,15 @@ def survey_slide(slide: Slide, grid: GridSettings, tissue: TissueSettings, tiles
         slide=slide.name,
     )
     return PreparedSlide(overview, mask, matched, time.perf_counter() - began)
+
+
+def finest_overview_mpp(scale: SlideScale) -> float:
+    """Return the um per pixel that an overview may be asked for, so that it shows nothing finer than regions do.
+
+    An overview takes whole numbers of level pixels where they are near. On a snapped scale these are the regions' own;
+    on another they may be finer by `SNAP_FACTOR`, which is added here.
+    """
+    return scale.lr_mpp if scale.snapped else scale.lr_mpp / (1 - SNAP_FACTOR)
 
 
 _LOOK = "See what was taken for tissue with `lrmil info SLIDE --picture tissue.png`."

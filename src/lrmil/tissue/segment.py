@@ -20,8 +20,8 @@ def find_tissue(
 ) -> tuple[TissueMask, Overview]:
     """Look at a slide at `settings.mpp`, or at `finest_mpp` where that is coarser; return the mask and what was seen.
 
-    Nothing finer than that scale is asked of the slide, so that a prediction can stay at its low resolution. A slide
-    without tissue gives an empty mask, not an error.
+    Nothing finer is asked of the slide, but for the rounding of an overview to whole level pixels (5 % at most, see
+    `Overview.mpp`). A slide without tissue gives an empty mask, not an error.
     """
     settings = settings or TissueSettings()
     overview = slide.overview(max(settings.mpp, finest_mpp or 0.0, slide.mpp))
