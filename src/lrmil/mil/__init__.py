@@ -4,6 +4,7 @@ from lrmil.mil import abmil as abmil  # enters its head into the registry
 from lrmil.mil import abmil_original as abmil_original  # enters abmil_original
 from lrmil.mil import clam as clam  # enters clam_sb, clam_mb
 from lrmil.mil import dsmil as dsmil  # enters dsmil
+from lrmil.mil import dtfd as dtfd  # enters dtfd
 from lrmil.mil import instance_max as instance_max  # enters instance_max
 from lrmil.mil import pooling as pooling  # enters mean_pool, max_pool
 from lrmil.mil import transmil as transmil  # enters transmil

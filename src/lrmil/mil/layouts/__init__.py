@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from lrmil.mil.layouts.abmil_original import ABMIL_ORIGINAL
 from lrmil.mil.layouts.clam import CLAM_MB, CLAM_SB, INSTANCE_MAX
 from lrmil.mil.layouts.dsmil import DSMIL
+from lrmil.mil.layouts.dtfd import DTFD
 from lrmil.mil.layouts.layout import OriginalFormat
 from lrmil.mil.layouts.lrmil import LRMIL
 from lrmil.mil.layouts.transmil import TRANSMIL
@@ -15,6 +16,7 @@ LAYOUTS: Mapping[str, tuple[OriginalFormat, ...]] = {
     "clam_mb": CLAM_MB,
     "clam_sb": CLAM_SB,
     "dsmil": DSMIL,
+    "dtfd": DTFD,
     "instance_max": INSTANCE_MAX,
     "lrmil": LRMIL,
     "transmil": TRANSMIL,
