@@ -213,6 +213,14 @@ def test_clam_old_files_with_images(tmp_path):
     assert (bag.slide, bag.patch_px, bag.patch_side_l0) == ("old", 16, 64)
 
 
+def test_clam_patches_of_unknown_side(tmp_path):
+    folder = clam_files(tmp_path)
+    with h5py.File(folder / "patches/s.h5", "r+") as handle:
+        del handle["coords"].attrs["patch_size"]
+    with pytest.raises(CorruptBag, match="no `patch_size` beside `patch_level`"):
+        read_foreign_bag(folder / "patches/s.h5")
+
+
 def test_clam_level_squeezed_in_one_direction(tmp_path):
     folder = clam_files(tmp_path, downsample=(4.0, 2.0))
     with pytest.raises(CorruptBag, match="4 times smaller in x and 2 times in y"):

@@ -40,6 +40,10 @@ def test_rows_are_numbered_as_in_the_file(tmp_path):
     assert rows(path) == {2: ["s1", "two\nlines", "1"], 6: ["s2", "a, b", ""]}
 
 
+def test_the_header_tells_the_delimiter_below_blank_lines_too(tmp_path):
+    assert rows(write(tmp_path, "\n\nslide_id;label\ns1;1,5\n")) == {4: ["s1", "1,5"]}
+
+
 def test_the_unnamed_index_of_pandas_is_dropped(tmp_path):
     assert list(read_table(write(tmp_path, ",slide_id\n0,s1\n1,s2\n")).columns) == ["slide_id"]
 

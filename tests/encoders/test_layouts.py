@@ -151,7 +151,7 @@ def test_prefixes_and_wrappers(tiny: Callable[..., torch.nn.Module], prefix: str
     trunk = tiny().trunk.state_dict()
     content: object = {f"{prefix}{key}": value for key, value in trunk.items()}
     if wrapper:
-        content = {wrapper: content, "epoch": 3}
+        content = {wrapper: content, "epoch": 3, "step": torch.tensor(100)}
     found, pool = split_checkpoint(unwrap(content, origin="x"), origin="x")
     assert found.keys() == trunk.keys()
     assert not pool

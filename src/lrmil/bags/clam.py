@@ -39,7 +39,9 @@ def read_patches(handle: h5py.File, mpp_l0: float | None = None) -> Bag:
     if carrier is None:
         raise CorruptBag(f"{path}: neither `coords` nor `imgs` says at which level the patches were taken.")
     attributes = read_attributes(carrier)
-    patch_px = int(carrier.shape[1]) if "imgs" in handle else int(attributes["patch_size"])
+    patch_px = int(carrier.shape[1]) if "imgs" in handle else attributes.get("patch_size")
+    if patch_px is None:
+        raise CorruptBag(f"{path}: no `patch_size` beside `patch_level`, so the side of a patch is unknown.")
     side_l0 = patch_px * _downsample(path, attributes)
     coords_l0 = as_coords_l0(path, handle["coords"][()])
     return Bag(

@@ -50,15 +50,17 @@ def unwrap(content: object, *, origin: str) -> StateDict:
     for _ in range(4):
         if not isinstance(content, dict):
             break
-        tensors = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
-        if tensors:
-            return tensors
+        # First, since a training loop may leave a tensor beside it, such as its step.
         wrapped = [
             k for k in ("state_dict", "model_state_dict", "model", "teacher") if isinstance(content.get(k), dict)
         ]
-        if not wrapped:
-            break
-        content = content[wrapped[0]]
+        if wrapped:
+            content = content[wrapped[0]]
+            continue
+        tensors = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
+        if tensors:
+            return tensors
+        break
     raise CheckpointError(f"{origin}: there are no named tensors in it.", fix="Give a state dict, best as safetensors.")
 
 
