@@ -217,6 +217,8 @@ def test_slides_that_a_head_cannot_take() -> None:
         head(StoredScales({"low": torch.zeros(5, 6), "high": torch.zeros(80, 6)}))
     with pytest.raises(HeadError, match=r"'low' gave shape \(5, 7\).*\(n, 6\).*another encoder"):
         head(_slide(width=7))
+    with pytest.raises(HeadError, match=r"'zoommil' chooses its patches from low and mid and high.*PatchSource"):
+        head(torch.zeros(5, 6))
     with pytest.raises(HeadError, match="thumbnails for 80"):
         _head("hdmil")(_Fewer(_slide()))
     with pytest.raises(HeadError, match=r"no training step 'x'.*Choose one of: dmin, lipn"):

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lrmil.errors import CheckpointError, HeadError
 from lrmil.mil import RecordedSource, StoredScales, create_head, head_cards, load_original
+from lrmil.mil import zoommil as module
+from lrmil.mil.perturbed_topk import perturbed_topk
 from lrmil.mil.scales import children_of
 from lrmil.mil.zoommil import ZoomMIL
 
@@ -219,3 +221,17 @@ def test_a_slide_of_many_patches_trains_and_predicts() -> None:
     with torch.inference_mode():
         out = head.eval()(source)
     assert {s: len(r) for s, r in out.selected.items()} == {"low": low, "mid": 48, "high": 48}
+
+
+def test_noise_is_added_to_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def spy(scores: Tensor, k: int, **options: Any) -> tuple[Tensor, Tensor]:
+        seen.append(scores)
+        assert options == {"sigma": 0.002, "samples": 100, "jacobian": "diagonal"}
+        return perturbed_topk(scores, k, **options)
+
+    monkeypatch.setattr(module, "perturbed_topk", spy)
+    out = _head().train()(StoredScales(_slide()))
+    for scores, scale in zip(seen, ("low", "mid"), strict=True):
+        torch.testing.assert_close(scores, torch.softmax(out.selection_logits[scale], 0))

@@ -61,6 +61,11 @@ class MultiScaleHead(Head):
             HeadError: a scale is missing or empty, children are missing, or features are of another width than the
                 head, or not finite.
         """
+        if isinstance(source, Tensor):
+            raise HeadError(
+                f"head {self.card.name!r} chooses its patches from {' and '.join(self.scales)}; one bag does not do.",
+                fix="Give it a PatchSource, such as StoredScales, or choose a head of one scale.",
+            )
         missing = [scale for scale in self.scales if source.counts.get(scale, 0) < 1]
         if missing:
             raise HeadError(
@@ -75,7 +80,7 @@ class MultiScaleHead(Head):
 
 
 class _CheckedSource:
-    """A source whose answers are looked at as they come."""
+    """A source whose answers are looked at, and brought to the device of the rows, as they come."""
 
     def __init__(self, source: PatchSource, in_dim: int) -> None:
         self._source = source
@@ -86,7 +91,7 @@ class _CheckedSource:
         return self._source.counts
 
     def fetch(self, scale: str, rows: Tensor) -> Tensor:
-        features = self._source.fetch(scale, rows)
+        features = self._source.fetch(scale, rows).to(rows.device)
         if features.shape != (len(rows), self._in_dim):
             raise HeadError(
                 f"scale {scale!r} gave shape {tuple(features.shape)} for {len(rows)} rows, but this head takes "
