@@ -132,6 +132,20 @@ def test_a_deployed_model_without_a_part_is_refused_before_training(
     assert not work
 
 
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "cohort.csv", "failures.csv", "figures/mine.png", "model/mine.bin", "tables/mine.csv"]
+)
+def test_what_no_run_wrote_is_not_replaced(lab: Any, tmp_path: Path, name: str) -> None:
+    """`out: .` in a project's folder must not cost its figures, nor the table that the run reads."""
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("grid: {patch_px: 32}  # mine")
+    with pytest.raises(LrmilError, match=f"holds {name.split('/')[0]}, which no run wrote"):
+        lab.run_until("tile", tmp_path)
+    assert mine.read_text() == "grid: {patch_px: 32}  # mine"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+
+
 def test_a_patient_with_two_labels_is_legal_and_said(lab: Any, tmp_path: Path) -> None:
     table = pd.read_csv(lab.table)
     twice = table["patient_id"][table["patient_id"].duplicated()].iloc[0]

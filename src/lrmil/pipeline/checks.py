@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import PurePath
 
 import numpy as np
+import yaml
 
 from lrmil.cohorts.table import Cohort
 from lrmil.distill import resolve_layers
@@ -14,6 +15,7 @@ from lrmil.errors import CohortError, ConfigError
 from lrmil.geometry import check_token_grid
 from lrmil.mil import create_head
 from lrmil.pipeline.context import Run
+from lrmil.pipeline.folder import RunFolder
 from lrmil.training.stage2 import student_head
 
 
@@ -38,6 +40,33 @@ def require_usable_slides(cohort: Cohort) -> None:
             f"{cohort.source}: slide_id {unfit[0]!r} cannot name a file ({len(unfit)} such slides).",
             fix="Use ids without slashes; folders belong into the path column.",
         )
+
+
+def require_own_folder(folder: RunFolder) -> None:
+    """See that what a run will replace or remove in its output folder was written by a run.
+
+    A project's folder may well hold a config.yaml, a cohort.csv and a folder of figures.
+
+    Raises:
+        ConfigError: names what is there.
+    """
+    replaced = [folder.config, folder.cohort, folder.splits, folder.failures]
+    replaced += [folder.tables, folder.report, folder.figures, folder.model]
+    there = [path.name for path in replaced if path.exists()]
+    if there and not _is_of_a_run(folder):
+        raise ConfigError(
+            f"out: {folder.root} holds {', '.join(there)}, which no run wrote and this one would replace.",
+            fix="Choose another folder as out, an empty or a new one.",
+        )
+
+
+def _is_of_a_run(folder: RunFolder) -> bool:
+    """A run writes all of its settings, defaults too; a config written by hand hardly holds all of these sections."""
+    try:
+        written = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(written, dict) and {"cohort", "tissue", "tiles", "evaluation", "memory_gb"} <= set(written)
 
 
 def require_fitting_parts(run: Run, encoder: Encoder) -> None:

@@ -17,7 +17,7 @@ from lrmil.evaluation.report import Picture
 from lrmil.files import remove_leftovers
 from lrmil.geometry import MatchedGrid
 from lrmil.pipeline.baselines import colour_probabilities
-from lrmil.pipeline.checks import require_fitting_parts, require_usable_slides
+from lrmil.pipeline.checks import require_fitting_parts, require_own_folder, require_usable_slides
 from lrmil.pipeline.config import RunSettings, save_config
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.deploy import write_model
@@ -175,6 +175,7 @@ def _start(settings: RunSettings, reporter: Reporter) -> Study:
     reporter.line(cohort.summary())
     require_usable_slides(cohort)
     run = Run(settings, RunFolder(settings.out), cohort, reporter)
+    require_own_folder(run.folder)
     encoder = run.build_encoder().to(run.device)
     require_fitting_parts(run, encoder)
     remove_leftovers(run.folder.root)
