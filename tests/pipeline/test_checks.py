@@ -82,7 +82,7 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(
 def test_a_slide_id_that_cannot_name_a_file_is_refused(lab: Any, tmp_path: Path, slide_id: str) -> None:
     ids = list(pd.read_csv(lab.table)["slide_id"])
     table = table_with(lab, tmp_path, slide_id=[slide_id, *ids[1:]])
-    with pytest.raises(LrmilError, match="cannot name a file"):
+    with pytest.raises(LrmilError, match="cannot be the name of a file"):
         lab.run(tmp_path / "run", cohort={"table": table})
     assert not (tmp_path / "run").exists()
 

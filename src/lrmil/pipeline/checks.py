@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import PurePath
-
 import numpy as np
 import yaml
 
@@ -20,10 +18,10 @@ from lrmil.training.stage2 import student_head
 
 
 def require_usable_slides(cohort: Cohort) -> None:
-    """See that every labelled slide has a file, and an id that can name one.
+    """See that every labelled slide has a file.
 
     Raises:
-        CohortError: names the first slide that does not.
+        CohortError: names the first slide that has none.
     """
     labelled = cohort.labelled()
     without = list(
@@ -33,12 +31,6 @@ def require_usable_slides(cohort: Cohort) -> None:
         raise CohortError(
             f"{cohort.source}: {len(without)} slides have no path (first: {without[0]}); distillation needs pixels.",
             fix="Add a path column, or name the folder of the slides as cohort.slides_dir.",
-        )
-    unfit = [s for s in labelled["slide_id"] if PurePath(s).name != s or s == ".."]
-    if unfit:
-        raise CohortError(
-            f"{cohort.source}: slide_id {unfit[0]!r} cannot name a file ({len(unfit)} such slides).",
-            fix="Use ids without slashes; folders belong into the path column.",
         )
 
 
