@@ -43,8 +43,8 @@ def _original(golden: Callable[[str], Any]) -> tuple[Any, dict[str, dict[str, Te
     return arrays, {part: {k: torch.from_numpy(v) for k, v in state.items()} for part, state in parts.items()}
 
 
-def _loaded(state: Any, **options: Any) -> DTFD:
-    head = load_original("dtfd", state, groups=4, total_instance=8, **options)
+def _loaded(state: Any, distillation: str = "afs") -> DTFD:
+    head = load_original("dtfd", state, groups=4, total_instance=8, distillation=distillation)
     assert isinstance(head, DTFD)
     return head
 
@@ -130,7 +130,8 @@ def _attention_name(key: str) -> str:
 def test_every_weight_has_a_place(golden: Callable[[str], Any], tmp_path: Path) -> None:
     arrays, state = _original(golden)
     torch.save(state, tmp_path / "best_model.pth")
-    head = load_original("dtfd", tmp_path / "best_model.pth")
+    with pytest.warns(UserWarning, match="assumed distillation='afs', total_instance=4"):
+        head = load_original("dtfd", tmp_path / "best_model.pth", groups=4)
     assert head.describe() == {
         "name": "dtfd",
         "in_dim": 768,
@@ -156,7 +157,7 @@ def test_prefixes_inside_the_four_state_dicts_are_removed(golden: Callable[[str]
     arrays, state = _original(golden)
     wrapped = {part: {f"module.{k}": v for k, v in inner.items()} for part, inner in state.items()}
     bag = torch.from_numpy(arrays["in/s37/bag"])
-    assert torch.equal(load_original("dtfd", wrapped)(bag).logits, load_original("dtfd", state)(bag).logits)
+    assert torch.equal(_loaded(wrapped)(bag).logits, _loaded(state)(bag).logits)
 
 
 def test_residual_blocks_are_read_and_used() -> None:
@@ -165,7 +166,7 @@ def test_residual_blocks_are_read_and_used() -> None:
     for key, value in head.state_dict().items():
         part, name = _original_name(key).split("/")
         state[part][name] = value
-    again = load_original("dtfd", state)
+    again = _loaded(state)
     assert again.describe()["residual_layers"] == 2
     bag = _bag(9)
     assert torch.equal(again(bag).logits, head(bag).logits)

@@ -34,17 +34,21 @@ def load_original(name: str, source: str | os.PathLike[str] | Mapping[str, Any],
         name: the method: "lrmil" (the authors' MILClassifier and StudentMIL, plain or gated); "abmil" is the same.
             "abmil_original" (Ilse et al., plain or gated). "clam_sb", "clam_mb" (old and new CLAM, gated or not) and
             "instance_max" (CLAM's MIL_fc and MIL_fc_mc). "dsmil" (of features or of images, any query and value).
-            "zoommil". "hdmil", whose two files go in together as {"dmin": ..., "lipn": ...} or one dict; "dmin" alone.
+            "transmil". "dtfd" (a dict of four state dicts). "zoommil". "hdmil", whose two files go in together as
+            {"dmin": ..., "lipn": ...} or one dict; "dmin" alone.
             A feature extractor in the file is not read, and a warning says so.
         source: a .pth/.pt/.bin/.safetensors file, or a state dict. The prefixes `module.` and `model.` are removed, and
             a dict that holds the state under "state_dict" or "model" is opened. Pickles are read as tensors only.
-        **options: options of the head, for what the weights do not tell; they win over what is read off the weights.
+        **options: options of the head, for what the weights do not tell, such as `nystrom_keep` of "transmil" and
+            `distillation` of "dtfd"; they win over what is read off the weights. A warning names those that matter and
+            are not given.
 
     Returns:
         The head, in eval mode: a `MILHead`, or a `MultiScaleHead` where `HeadCard.scales` is "many".
 
     Raises:
         CheckpointError: unsafe or unreadable, of another method, or some keys do not fit; the message names them.
+        HeadError: the head has no such option.
     """
     formats = LAYOUTS.get(name)
     if formats is None:
@@ -90,6 +94,12 @@ def _build(layout: OriginalFormat, state: State, where: str, chosen: Mapping[str
             fix="Is it a checkpoint of another variant or method?",
         )
     head.load_state_dict(found)
+    if missing := [f"{name}={getattr(head.options, name)!r}" for name in layout.untold if name not in chosen]:
+        warnings.warn(
+            f"{where}, read as {layout.title}: the weights do not tell all options; assumed {', '.join(missing)}.",
+            UserWarning,
+            stacklevel=3,
+        )
     if remark := layout.remark(state):
         warnings.warn(f"{where}, read as {layout.title}: {remark}", UserWarning, stacklevel=3)
     return head.eval()

@@ -51,5 +51,6 @@ DTFD = (
             }
         ),
         shape=_shape,
+        untold=("distillation", "groups", "total_instance"),
     ),
 )

@@ -32,6 +32,8 @@ class OriginalFormat:
     """Keys that carry nothing"""
     ignored_prefixes: tuple[str, ...] = ()
     """Beginnings of keys that are not the head's, such as those of a feature extractor"""
+    untold: tuple[str, ...] = ()
+    """Options that change the answer and that no weight tells; `load_original` warns of those it is not given"""
     remark: Callable[[State], str | None] = lambda state: None
     """What a user must know about this very checkpoint; `load_original` warns of it"""
 

@@ -50,5 +50,6 @@ TRANSMIL = (
             }
         ),
         shape=_shape,
+        untold=("nystrom_keep",),
     ),
 )
