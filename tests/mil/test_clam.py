@@ -236,6 +236,18 @@ def test_small_bags_train(name: str, count: int, subtyping: bool) -> None:
     assert judged == {f"instance_classifiers.{c}.{part}" for c in wanted for part in ("weight", "bias")}
 
 
+@pytest.mark.parametrize("subtyping", [False, True])
+@pytest.mark.parametrize("name", HEADS)
+def test_gradients_are_those_of_finite_differences(name: str, subtyping: bool) -> None:
+    head = _head(name, subtyping=subtyping, k_sample=2).double().eval()
+
+    def loss(bag: torch.Tensor) -> torch.Tensor:
+        out = head(bag, label=torch.tensor(1))
+        return head.total_loss(out, F.cross_entropy(out.logits[None], torch.tensor([1])))
+
+    assert torch.autograd.gradcheck(loss, _bag(5).double().requires_grad_())
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_extreme_attention_still_ranks_instances(name: str) -> None:
     """All but one share underflow to 0, and ranking by the shares would draw among them by chance."""

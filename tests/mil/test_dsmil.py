@@ -245,6 +245,17 @@ def test_gradients_reach_all_weights_also_from_one_instance() -> None:
             assert bool(weight.grad.any()) == (count > 1 or not name.startswith("query")), name
 
 
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+def test_gradients_are_those_of_finite_differences(loss: str) -> None:
+    head = _head(loss=loss, passing_v=True).double().eval()
+
+    def total(bag: torch.Tensor) -> torch.Tensor:
+        out = head(bag, label=torch.tensor(1))
+        return head.total_loss(out, F.cross_entropy(out.logits[None], torch.tensor([1])))
+
+    assert torch.autograd.gradcheck(total, _bag(5).double().requires_grad_())
+
+
 def test_first_weights() -> None:
     torch.manual_seed(0)
     head: Any = create_head("dsmil", 32, 3, passing_v=True)
