@@ -51,7 +51,7 @@ def test_nominal_downsamples(shared_data):
 
 def test_level_1_equals_openslide_at_whole_level_coordinates(shared_data):
     path = shared_data / "slides" / TCGA
-    slide = open_slide(path, mpp=0.25)
+    slide = open_slide(path, mpp=0.25, reader="openslide")
     own = openslide.OpenSlide(str(path)).level_downsamples[1]
     for x_px, y_px in ((0, 0), (512, 256), (1700, 1500)):
         want = own_pixels(path, (round(x_px * own), round(y_px * own)), 1, (256, 256))
@@ -78,12 +78,11 @@ def test_far_from_the_origin_level_1_lies_over_level_0(shared_data):
 
 def test_5x_from_a_single_20x_level_is_the_box_average(shared_data, block_mean):
     path = shared_data / "slides" / CMU
-    slide = open_slide(path)
+    slide = open_slide(path, reader="openslide")
     got = slide.read_box((600, 700, 1112, 1212), (128, 128))
     assert np.abs(got - block_mean(own_pixels(path, (600, 700), 0, (512, 512)), 4)).max() <= 0.5
     counts = slide.stats.as_dict()
-    tiles, length = counts.pop("tiles_decoded"), counts.pop("bytes_read")
-    assert (tiles == 0) == (length == 0) == (slide.reader == "openslide")
+    assert counts.pop("tiles_decoded") == counts.pop("bytes_read") == 0, "OpenSlide does not tell"
     assert counts == {
         "reads": 1,
         "output_px": 128 * 128,
