@@ -166,7 +166,14 @@ class SimulatedSettings(Settings):
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "test": {"slides": 6, "patients": 4, "sites": 2, "slide_px": 1024},
-    "demo": {"slides": 48, "patients": 36, "sites": 3, "slide_px": 2048, "nuclei": {"visibility": 0.5}},
+    "demo": {
+        "seed": 2,
+        "slides": 48,
+        "patients": 36,
+        "sites": 3,
+        "slide_px": 1536,
+        "nuclei": {"visibility": 0.5},
+    },
     "study": {
         "slides": 160,
         "patients": 120,
