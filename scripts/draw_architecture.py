@@ -27,6 +27,7 @@ ROOMS = {
     "tissue": "where a slide is tissue, and how much of any box",
     "slides": "pixels of any box at any scale, by area average",
     "geometry": "scale, matched grid, slots and token blocks; pure",
+    "tasks": "what is predicted: class, number, survival",
     "files": "files that are whole or absent",
     "settings": "the base of every settings model, fingerprints",
     "errors": "the tree of everything raised on purpose",

@@ -12,8 +12,8 @@ import lrmil
 ROOT = Path(lrmil.__file__).parent
 # Lowest first. A room may import the rooms before it, and itself.
 ROOMS = (
-    *("_version", "errors", "settings", "files", "geometry", "slides", "tissue", "encoders", "bags", "mil", "distill"),
-    *("training", "evaluation", "inference", "cohorts", "pipeline", "cli"),
+    *("_version", "errors", "settings", "files", "tasks", "geometry", "slides", "tissue", "encoders", "bags", "mil"),
+    *("distill", "training", "evaluation", "inference", "cohorts", "pipeline", "cli"),
 )
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -12,14 +11,6 @@ import pandas as pd
 from lrmil.errors import CohortError
 
 _SHOWN = 10
-
-
-@dataclass(frozen=True)
-class Task:
-    """One label column: `classes[i]` is what output i stands for."""
-
-    name: str
-    classes: tuple[str, ...]
 
 
 def find_classes(path: Path, task: str, labels: pd.Series, classes: Sequence[str] | None) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from lrmil.cohorts.columns import understand
-from lrmil.cohorts.labels import Task, find_classes, labels_per_patient
+from lrmil.cohorts.labels import find_classes, labels_per_patient
 from lrmil.cohorts.reading import read_table
 from lrmil.cohorts.rows import (
     Loading,
@@ -27,6 +27,7 @@ from lrmil.cohorts.rows import (
 )
 from lrmil.errors import CohortError
 from lrmil.files import atomic_path
+from lrmil.tasks import Task
 
 _FIRST = ("slide_id", "patient_id")
 _LATER = ("path", "features", "mpp", "site", "time", "event", "fold")
