@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+import imagecodecs
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -68,6 +69,37 @@ def test_half_chroma_along_x_is_decoded_one_step_finer(tmp_path, write_tiff, fla
     slide = open_slide(write_tiff(tmp_path / "a.tif", [tissue], flavours["jpeg-422"]), reader="tiff")
     found = [reductions(slide, (0, 0, 256, 256), (256 // f, 256 // f)) for f in (1, 2, 4, 8)]
     assert found == [{1}, {2}, {2}, {4}]
+
+
+@pytest.mark.parametrize(("factor", "reduction", "bound"), [(2, 1, 0.0), (4, 2, 1.0), (8, 4, 2.0)])
+def test_jpeg_2000(shared_data, factor, reduction, bound):
+    """The wavelet's low band, moved and smoothed into averages; as it comes it is many grey levels off."""
+    direct, other = (
+        open_slide(shared_data / "slides" / "tcga-cr-7395-01a-01-ts1.svs", 0.25, reader=reader)
+        for reader in ("tiff", "openslide")
+    )
+    box, size = (1536, 1280, 2304, 2048), (768 // factor, 768 // factor)
+    level = direct.levels[0]
+    assert direct._request(level, box, size).reduction == reduction
+    ours, theirs = (slide.sample(slide.levels[0], box, size).rgb.astype(float) for slide in (direct, other))
+    assert np.abs(ours - theirs).mean() <= bound
+    assert np.abs((ours - theirs).mean(axis=(0, 1))).max() <= 0.2
+    if reduction > 1:  # no shift: any other place fits worse
+        inner = theirs[1:-1, 1:-1]
+        here = np.abs(ours[1:-1, 1:-1] - inner).mean()
+        for moved in (ours[1:-1, :-2], ours[1:-1, 2:], ours[:-2, 1:-1], ours[2:, 1:-1]):
+            assert np.abs((3 * ours[1:-1, 1:-1] + moved) / 4 - inner).mean() > 1.5 * here
+
+
+@pytest.mark.parametrize("name", ["jpeg2000-rgb", "jpeg2000-ycbcr-422"])
+def test_other_wavelets_are_decoded_fully(tmp_path, write_tiff, flavours, tissue, name):
+    flavour = flavours[name]
+    if name == "jpeg2000-rgb":
+        lossless = partial(imagecodecs.jpeg2k_encode, level=0, codecformat="j2k", reversible=True)
+        flavour = replace(flavour, encode=lambda tile: bytes(lossless(tile)))
+    direct, other = both(write_tiff(tmp_path / "a.tif", [tissue], flavour))
+    assert reductions(direct, (0, 0, 512, 512), (128, 128)) == {1}
+    assert (direct.read_box((0, 0, 512, 512), (128, 128)) == other.read_box((0, 0, 512, 512), (128, 128))).all()
 
 
 @pytest.mark.parametrize("name", ["jpeg-444", "jpeg-420", "jpeg2000-rgb"])

