@@ -15,7 +15,7 @@ from lrmil.errors import ConfigError, MissingMpp
 from lrmil.geometry import GridSettings
 from lrmil.inference.inspect import check_machine, describe_slide
 from lrmil.inference.prepare import TileSettings
-from lrmil.slides import write_pyramid
+from lrmil.slides import open_slide, write_pyramid
 from lrmil.tissue import TissueSettings
 
 SETTINGS = (GridSettings(patch_px=32), TissueSettings(), TileSettings())
@@ -34,9 +34,11 @@ def glass(tmp_path):
 
 
 def test_facts(write_slide):
-    facts = describe_slide(write_slide(), *SETTINGS)
+    path = write_slide()
+    facts = describe_slide(path, *SETTINGS)
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
-    assert (facts["name"], facts["reader"], facts["dimensions"]) == ("case", "openslide", [1536, 1024])
+    assert (facts["name"], facts["dimensions"]) == ("case", [1536, 1024])
+    assert facts["reader"] == open_slide(path).reader
     assert (facts["mpp"], facts["mpp_source"]) == (0.25, "TIFF resolution tags")
     assert [level["mpp"] for level in facts["levels"]] == [0.25, 1.0, 4.0]
     assert 0.5 < facts["tissue"]["share"] < 0.8
