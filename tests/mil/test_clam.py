@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lrmil.errors import CheckpointError, HeadError
 from lrmil.mil import MILHead, create_head, load_original
 from lrmil.mil.clam import CLAMMultiBranch
+from lrmil.mil.smooth_top1_svm import smooth_top1_svm
 
 HEADS = ("clam_sb", "clam_mb")
 
@@ -318,3 +319,30 @@ def test_checkpoints_that_do_not_fit_are_refused() -> None:
 def test_big_checkpoints_are_recognised() -> None:
     own = create_head("clam_sb", 6, 2, size="big")
     assert load_original("clam_sb", _original(own, 3, 3)).describe()["size"] == "big"
+
+
+@pytest.mark.parametrize("name", ["clam_sb", "clam_mb"])
+def test_instance_classes_may_differ_from_one_output(name: str) -> None:
+    """A number has one output; its quantile bins are classes of the instance loss, all ranked by the one branch."""
+    torch.manual_seed(0)
+    head = create_head(name, 5, 1, instance_classes=3, subtyping=True, dropout=0.0, k_sample=2).eval()
+    bag = torch.randn(9, 5)
+    out = head(bag, label=torch.tensor(2))
+    assert out.logits.shape == (1,)
+    assert len(head.instance_classifiers) == 3
+    embedded = torch.relu(head.embed(bag))
+    top = out.attention_logits.topk(2).indices
+    bottom = out.attention_logits.topk(2, largest=False).indices
+    negative = torch.zeros(2, dtype=torch.int64)
+    wanted = sum(smooth_top1_svm(head.instance_classifiers[c](embedded[top]), negative) for c in (0, 1))
+    both = head.instance_classifiers[2](embedded[torch.cat([top, bottom])])
+    wanted = (wanted + smooth_top1_svm(both, torch.tensor([1, 1, 0, 0]))) / 3
+    torch.testing.assert_close(out.losses["instance"], 0.3 * wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(HeadError, match="3 classes are numbered"):
+        head(bag, label=torch.tensor(3))
+
+
+def test_branches_that_cannot_rank_the_instance_classes_are_refused() -> None:
+    with pytest.raises(HeadError, match="2 attention branches cannot rank"):
+        create_head("clam_mb", 5, 2, instance_classes=3)
+    assert create_head("clam_mb", 5, 4, instance_classes=4).instance_classes == 4

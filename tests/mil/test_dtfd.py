@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -413,8 +414,9 @@ def test_one_output_cannot_rank() -> None:
             _head(num_classes=1, distillation=distillation)
     for distillation in ("afs", "mas"):
         head = _head(num_classes=1, distillation=distillation, random_splits=3)
-        head.criterion = F.mse_loss
-        out = head.train()(_bag(9), label=torch.tensor([0.5]))
+        out = head.train()(_bag(9))
+        tier1 = F.mse_loss(out.streams["tier1"], torch.full((4, 1), 0.5))
+        out = replace(out, losses={"tier1": tier1})
         head.total_loss(out, F.mse_loss(out.logits, torch.tensor([0.5]))).backward()
         assert bool(head.reduction.fc1.weight.grad.any())  # type: ignore[union-attr]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,6 +36,9 @@ class HeadOutput:
     """(N, C), one attention column a class, where the head has that; `attention_logits` is then the one that counts"""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """The head's own loss terms for a known label, already weighted; added to the loss of the bag"""
+    streams: dict[str, Tensor] = field(default_factory=dict)
+    """(R, C) each: further logits that learn from the slide's target, `Head.stream_weights` saying how much. For tasks
+    other than classification, where the loss of a bag is not cross-entropy and may need other bags"""
 
 
 class NoOptions(Settings):
@@ -49,6 +53,8 @@ class Head(nn.Module):
     """Set by `create_head`."""
     bag_loss_weight: float = 1.0
     """Factor of the bag's loss beside `HeadOutput.losses`; 0 for a head that computes all of its loss itself."""
+    stream_weights: ClassVar[Mapping[str, float]] = {}
+    """Factor of the loss of each of `HeadOutput.streams`, under whose name it then stands in `HeadOutput.losses`."""
 
     def __init__(self, in_dim: int, num_classes: int, options: Settings) -> None:
         super().__init__()

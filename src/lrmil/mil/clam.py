@@ -15,7 +15,7 @@ Instance loss, for a bag of class Y, with B = min(k_sample, N) and one two-way c
     other classes c  only if subtyping: top B by A_c have target 0
     L_inst = sum over these classes of the mean loss of their rows; divided by C if subtyping
 
-SB has one branch, which then ranks instances for all classes. Total = 0.7 CE(y, Y) + 0.3 L_inst. The original asks
+One branch, as SB has it, ranks instances for all classes. Total = 0.7 CE(y, Y) + 0.3 L_inst. The original asks
 for k_sample instances and fails on smaller bags; here top and bottom may share instances, down to a bag of one.
 
 Lu, Williamson, Chen, Chen, Barbieri, Mahmood: Data-efficient and weakly supervised computational pathology on
@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from lrmil.errors import HeadError
 from lrmil.mil.base import HeadOutput, MILHead
 from lrmil.mil.label import class_index
 from lrmil.mil.recipe import Recipe
@@ -58,6 +59,11 @@ class CLAMOptions(Settings):
     subtyping: bool = Field(
         False, description="classes exclude each other: instances that speak for another class are negative for it"
     )
+    instance_classes: int | None = Field(
+        None,
+        ge=1,
+        description="classes of the instance loss where they are not the outputs, such as quantile bins of a number",
+    )
     k_sample: int = Field(8, ge=1, description="B, instances taken from either end of the attention")
     bag_weight: float = Field(0.7, ge=0, le=1, description="weight of the bag's loss; the instance loss has the rest")
 
@@ -75,13 +81,20 @@ class _CLAM(MILHead):
     def __init__(self, in_dim: int, num_classes: int, options: CLAMOptions) -> None:
         super().__init__(in_dim, num_classes, options)
         embed, attention = options.widths()
+        self.instance_classes = options.instance_classes or num_classes
+        branches = num_classes if self.branch_per_class else 1
+        if branches not in (1, self.instance_classes):
+            raise HeadError(
+                f"{branches} attention branches cannot rank the instances of {self.instance_classes} instance_classes.",
+                fix=f"Set instance_classes to {num_classes}, or choose clam_sb.",
+            )
         self.embed = nn.Linear(in_dim, embed)
         self.attention_v = nn.Linear(embed, attention)
         self.attention_u = nn.Linear(embed, attention) if options.gated else None
-        self.attention_w = nn.Linear(attention, num_classes if self.branch_per_class else 1)
+        self.attention_w = nn.Linear(attention, branches)
         self.embed_dropout = nn.Dropout(options.dropout)
         self.attention_dropout = nn.Dropout(_ATTENTION_DROPOUT if options.dropout else 0.0)
-        self.instance_classifiers = nn.ModuleList(nn.Linear(embed, 2) for _ in range(num_classes))
+        self.instance_classifiers = nn.ModuleList(nn.Linear(embed, 2) for _ in range(self.instance_classes))
         self.bag_loss_weight = 1.0 if options.instance_loss == "none" else options.bag_weight
 
     def classify(self, pooled: Tensor) -> Tensor:
@@ -100,7 +113,7 @@ class _CLAM(MILHead):
         logits = self.classify(pooled)
         losses = {}
         if label is not None and self.options.instance_loss != "none":
-            loss, _, _ = self.judge_instances(embedded, branches, class_index(label, self.num_classes))
+            loss, _, _ = self.judge_instances(embedded, branches, class_index(label, self.instance_classes))
             losses["instance"] = (1.0 - self.bag_loss_weight) * loss
         counts = int(logits.argmax()) if self.branch_per_class else 0
         return HeadOutput(
@@ -130,7 +143,7 @@ class _CLAM(MILHead):
         for c, classifier in enumerate(self.instance_classifiers):
             if c != label and not self.options.subtyping:
                 continue
-            ranking = branches[:, c if self.branch_per_class else 0].detach()
+            ranking = branches[:, c if branches.shape[1] > 1 else 0].detach()
             rows = ranking.topk(k).indices
             wanted = torch.full((k,), int(c == label), device=rows.device)
             if c == label:

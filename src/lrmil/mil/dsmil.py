@@ -24,7 +24,8 @@ self-supervised contrastive learning, CVPR 2021.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +90,7 @@ class DSMIL(MILHead):
 
     Options = DSMILOptions
     options: DSMILOptions
+    stream_weights: ClassVar[Mapping[str, float]] = {"max": 0.5}
 
     def __init__(self, in_dim: int, num_classes: int, options: DSMILOptions) -> None:
         super().__init__(in_dim, num_classes, options)
@@ -135,6 +137,7 @@ class DSMIL(MILHead):
             hidden=query,
             class_attention_logits=attention_logits if len(scores) > 1 else None,
             losses=losses,
+            streams={"max": largest[None]},
         )
 
     def probabilities(self, logits: Tensor) -> Tensor:

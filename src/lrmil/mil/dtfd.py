@@ -46,9 +46,9 @@ classification, CVPR 2022.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -179,13 +179,11 @@ class Tiers:
 class DTFD(MILHead):
     """See the top of this file. `hidden` of its output is what e is computed from, `bag_feature` tier 2's pooled row.
 
-    It is trained with a label.
+    It is trained with a label, or, for other tasks, with the loss of its stream "tier1" (G, C) among its losses.
     """
 
     Options = DTFDOptions
-    criterion: Callable[[Tensor, Tensor], Tensor]
-    """Loss of the logits (C,) of a pseudo-bag under the slide's label: cross-entropy. For another task than
-    classification, set it to that task's."""
+    stream_weights: ClassVar[Mapping[str, float]] = {"tier1": 1.0}
 
     def __init__(self, in_dim: int, num_classes: int, options: DTFDOptions) -> None:
         super().__init__(in_dim, num_classes, options)
@@ -200,7 +198,6 @@ class DTFD(MILHead):
         self.dropout = nn.Dropout(options.dropout)
         self.classifier = nn.Linear(width, num_classes)
         self.tier2 = SecondTier(width, options.attention_dim, num_classes, options.dropout)
-        self.criterion = F.cross_entropy
         self._chosen = options
 
     def score(self, bag: Tensor, *, label: Tensor | None, coords: Tensor | None) -> HeadOutput:
@@ -221,11 +218,12 @@ class DTFD(MILHead):
             bag_feature=torch.stack([t.pooled for t in tiers]).mean(dim=0),
             hidden=hidden,
             losses=losses,
+            streams={"tier1": torch.cat([t.tier1_logits for t in tiers])},
         )
 
     def tier1_loss(self, tiers: Tiers, label: Tensor) -> Tensor:
         """Return the mean loss of the pseudo-bags of one split, each under the slide's label."""
-        return torch.stack([self.criterion(row, label) for row in tiers.tier1_logits]).mean()
+        return torch.stack([F.cross_entropy(row, label) for row in tiers.tier1_logits]).mean()
 
     def total_loss(self, output: HeadOutput, bag_loss: Tensor) -> Tensor:
         """Add tier 1's loss to the bag's, which is tier 2's."""
