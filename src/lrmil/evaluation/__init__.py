@@ -3,6 +3,7 @@
 Figures (`plots`, `slide_figures`, `overlay`) and `report` are imported from their modules, since they load matplotlib.
 """
 
+from lrmil.evaluation.comparison import Comparison, compare_report, write_joint_tables
 from lrmil.evaluation.intervals import Interval, bootstrap, paired_bootstrap
 from lrmil.evaluation.metrics import METRICS, fold_scores, majority_class, score
 from lrmil.evaluation.paired import compare_methods, delong, delong_test, holm, permutation_test
@@ -11,12 +12,14 @@ from lrmil.evaluation.tables import Cost, TextTable, read_results, result_row, r
 
 __all__ = [
     "METRICS",
+    "Comparison",
     "Cost",
     "Interval",
     "Predictions",
     "TextTable",
     "bootstrap",
     "compare_methods",
+    "compare_report",
     "concatenate",
     "delong",
     "delong_test",
@@ -30,5 +33,6 @@ __all__ = [
     "results_frame",
     "score",
     "text_table",
+    "write_joint_tables",
     "write_results",
 ]

@@ -237,6 +237,28 @@ def fold_scores(predictions: Predictions) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def reliability_bins(predictions: Predictions, bins: int = 5) -> pd.DataFrame:
+    """Accuracy against stated confidence, in bins of equally many slides over all test folds and seeds.
+
+    Columns: bin (from 0, by confidence), confidence (mean highest probability), accuracy, count. Calls are made within
+    a fold, so that counting them over folds compares no scores.
+    """
+    confidence = predictions.probabilities.max(axis=1)
+    correct = predictions.probabilities.argmax(axis=1) == predictions.labels
+    parts = [part for part in np.array_split(np.argsort(confidence, kind="stable"), bins) if len(part)]
+    return pd.DataFrame(
+        [
+            {
+                "bin": i,
+                "confidence": float(confidence[part].mean()),
+                "accuracy": float(correct[part].mean()),
+                "count": len(part),
+            }
+            for i, part in enumerate(parts)
+        ]
+    )
+
+
 def majority_class(train_labels: npt.ArrayLike, test: Predictions) -> Predictions:
     """Predict, for every test slide, the class shares of the training slides: what a model that saw nothing would say.
 

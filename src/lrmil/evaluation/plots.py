@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox, ScaledTranslation
 
-from lrmil.evaluation.metrics import metric, score, weighted_confusion
+from lrmil.evaluation.metrics import metric, reliability_bins, score, weighted_confusion
 from lrmil.evaluation.predictions import FloatArray, Predictions
 from lrmil.files import atomic_path
 
@@ -61,10 +61,10 @@ def training_curves(curves: Sequence[TrainingCurve], title: str = "") -> Figure:
     for attribute, label in (("val_loss", "validation loss"), ("val_auc", "validation AUC")):
         if any(np.isfinite(getattr(c, attribute)).any() for c in curves):
             panels.append((attribute, label))
-    figure = _figure(3.3 * len(panels) + 1.0, 2.9)
+    figure = new_figure(3.3 * len(panels) + 1.0, 2.9)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (attribute, label) in zip(axes, panels, strict=True):
-        _style(ax, "epoch", label)
+        style_axes(ax, "epoch", label)
         for index, curve in enumerate(curves):
             values = np.asarray(getattr(curve, attribute), dtype=np.float64)
             if not len(values):
@@ -82,7 +82,7 @@ def training_curves(curves: Sequence[TrainingCurve], title: str = "") -> Figure:
             ax.set_ylim(max(0.0, low - 0.05), 1.02)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
-    _title(figure, title)
+    set_title(figure, title)
     return figure
 
 
@@ -92,9 +92,9 @@ def roc_curves(methods: Mapping[str, Predictions], title: str = "") -> Figure:
     Curves are averaged vertically, at fixed false positive rates, never pooled; for more than two classes the curve is
     the mean over classes of one against the rest. Folds without a class are left out.
     """
-    figure = _figure(4.6, 4.4)
+    figure = new_figure(4.6, 4.4)
     ax = figure.subplots()
-    _style(ax, "false positive rate", "true positive rate")
+    style_axes(ax, "false positive rate", "true positive rate")
     grid = np.linspace(0, 1, 201)
     ax.plot([0, 1], [0, 1], color=_FAINT, lw=1, ls="--", zorder=0)
     for index, (name, predictions) in enumerate(methods.items()):
@@ -112,7 +112,7 @@ def roc_curves(methods: Mapping[str, Predictions], title: str = "") -> Figure:
             ax.fill_between(grid, (mean - sd).clip(0), (mean + sd).clip(max=1), color=colour, alpha=0.13, lw=0)
     ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     ax.legend(loc="lower right", frameon=False, fontsize=8, title="AUC, mean ± sd over folds", title_fontsize=8)
-    _title(figure, title)
+    set_title(figure, title)
     return figure
 
 
@@ -127,7 +127,7 @@ def confusion_matrix(predictions: Predictions, title: str = "") -> Figure:
     counts = weighted_confusion(predictions.labels, predictions.probabilities, ones)[0] / seeds
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1e-12)
     side = 1.6 + 0.75 * len(names)
-    figure = _figure(side + 0.6, side)
+    figure = new_figure(side + 0.6, side)
     ax = figure.subplots()
     image = ax.imshow(share, cmap="cividis", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
@@ -148,29 +148,27 @@ def confusion_matrix(predictions: Predictions, title: str = "") -> Figure:
     bar.set_label("share of the true class", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)
-    _title(figure, title)
+    set_title(figure, title)
     return figure
 
 
 def reliability(methods: Mapping[str, Predictions], title: str = "", bins: int = 5) -> Figure:
     """Accuracy against stated confidence, in bins of equally many slides over all test folds; the diagonal is ideal."""
-    figure = _figure(4.4, 4.2)
+    figure = new_figure(4.4, 4.2)
     ax = figure.subplots()
-    _style(ax, "confidence in the called class", "accuracy")
+    style_axes(ax, "confidence in the called class", "accuracy")
     ax.plot([0, 1], [0, 1], color=_FAINT, lw=1, ls="--", zorder=0)
     lowest = 1.0
     for index, (name, p) in enumerate(methods.items()):
-        confidence = p.probabilities.max(axis=1)
-        correct = p.probabilities.argmax(axis=1) == p.labels
-        parts = [part for part in np.array_split(np.argsort(confidence, kind="stable"), bins) if len(part)]
-        x, y = ([float(values[part].mean()) for part in parts] for values in (confidence, correct))
+        table = reliability_bins(p, bins)
+        x, y = table["confidence"].tolist(), table["accuracy"].tolist()
         lowest = min(lowest, *x, *y)
         colour, marker = SERIES[index % len(SERIES)], "os^Dv"[index % 5]
         ax.plot(x, y, marker=marker, color=colour, lw=1.4, ms=5, label=name)
     lowest = max(0.0, lowest - 0.05)
     ax.set(xlim=(lowest, 1.01), ylim=(lowest, 1.01), aspect="equal")
     ax.legend(loc="lower right", frameon=False, fontsize=8)
-    _title(figure, title)
+    set_title(figure, title)
     return figure
 
 
@@ -182,9 +180,9 @@ def metric_against_seconds(results: pd.DataFrame, name: str = "auc", title: str 
     """
     percent = metric(name).percent
     factor = 100.0 if percent else 1.0
-    figure = _figure(6.6, 4.0)
+    figure = new_figure(6.6, 4.0)
     ax = figure.subplots()
-    _style(ax, "seconds per slide, tissue to answer (log scale)", metric(name).title + (" (%)" if percent else ""))
+    style_axes(ax, "seconds per slide, tissue to answer (log scale)", metric(name).title + (" (%)" if percent else ""))
     ax.set_xscale("log")
     known = results[results[name].notna()]
     timed = known[known["seconds_per_slide"].notna()].sort_values("seconds_per_slide", kind="stable")
@@ -231,7 +229,7 @@ def metric_against_seconds(results: pd.DataFrame, name: str = "auc", title: str 
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.xaxis.set_minor_formatter(NullFormatter())
     _label_points(figure, ax, points)
-    _title(figure, title)
+    set_title(figure, title)
     return figure
 
 
@@ -253,13 +251,15 @@ def save_figure(path: str | os.PathLike[str], figure: Figure, dpi: int = 150) ->
         figure.savefig(scratch, format=Path(path).suffix[1:], dpi=dpi, facecolor="white", **_TIGHT)
 
 
-def _figure(width_in: float, height_in: float) -> Figure:
+def new_figure(width_in: float, height_in: float) -> Figure:
+    """An empty figure that belongs to nobody else."""
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _style(ax: Axes, x: str, y: str) -> None:
+def style_axes(ax: Axes, x: str, y: str) -> None:
+    """Label the axes, in the look that all figures share."""
     ax.set_xlabel(x, fontsize=9, color=_INK)
     ax.set_ylabel(y, fontsize=9, color=_INK)
     ax.tick_params(labelsize=8, color=_FAINT, labelcolor=_INK)
@@ -270,7 +270,8 @@ def _style(ax: Axes, x: str, y: str) -> None:
         spine.set_color(_FAINT)
 
 
-def _title(figure: Figure, title: str) -> None:
+def set_title(figure: Figure, title: str) -> None:
+    """Write a title at the upper left, if there is one."""
     if title:
         figure.suptitle(title, fontsize=10, fontweight="bold", color=_INK, x=0.01, ha="left")
 

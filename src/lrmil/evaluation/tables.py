@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ METHOD_ORDER = (
 )
 """As in the paper; methods not named here follow in order of appearance."""
 
+PAPER_METRICS = ("acc", "auc")
+
 _KEYS = ["dataset", "task", "method", "group"]
 _COUNTS = ["folds", "seeds", "slides", "patients"]
 
@@ -44,6 +46,12 @@ class Cost:
     """Mean number of patches encoded, over all scales"""
     seconds_per_slide: float = float("nan")
     """Mean, tissue to answer"""
+    patches_read_per_slide: float = float("nan")
+    """Mean number of patches whose pixels were read, over all scales"""
+    bytes_per_slide: float = float("nan")
+    """Mean number of bytes read from the slide file"""
+    parts: tuple[tuple[str, float], ...] = ()
+    """Mean seconds of each part, in order (tissue, reading, encoding, MIL); empty if not measured apart"""
 
 
 def result_row(
@@ -101,7 +109,7 @@ def result_row(
     return row
 
 
-def results_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def results_frame(rows: Sequence[Mapping[Any, Any]]) -> pd.DataFrame:
     """Put rows of `result_row` into the order of the paper: datasets and tasks as given, groups, then methods."""
     frame = pd.DataFrame(list(rows)).reset_index(drop=True)
     positions = [
@@ -142,6 +150,43 @@ def paper_frame(results: pd.DataFrame) -> pd.DataFrame:
     return out
 
 
+def paper_table(results: pd.DataFrame, title: str = "") -> TextTable:
+    """The paper's Tables 1 and 2: groups of methods in lines; accuracy, AUC and seconds of the whole cohort in columns.
+
+    Without sd and interval, as there; `text_table` has them. Several datasets and tasks stand side by side.
+    """
+    kept = [m for m in metrics_in(results) if m in PAPER_METRICS]
+    table = text_table(
+        results, title=title, metrics=kept, show_sd=False, show_interval=False, show_cost=False, show_total=True
+    )
+    return replace(table, notes=(*table.notes, "Time: seconds of all slides of the cohort together, tissue to answer."))
+
+
+def times_frame(costs: Mapping[str, Cost], groups: Mapping[str, str], slides: int) -> pd.DataFrame:
+    """Where the time goes, a row for each method whose cost is known, in the order of `costs`.
+
+    Columns: method, group, `<part>_s` of each part, seconds_per_slide, time_s (all slides), patches_read_per_slide,
+    patches_per_slide (encoded), bytes_per_slide. Parts that a method does not have are nan.
+    """
+    names = list(dict.fromkeys(name for cost in costs.values() for name, _ in cost.parts))
+    rows = []
+    for method, cost in costs.items():
+        if not math.isfinite(cost.seconds_per_slide):
+            continue
+        spent = dict(cost.parts)
+        row: dict[str, Any] = {"method": method, "group": groups.get(method, "Other")}
+        row |= {f"{name}_s": spent.get(name, float("nan")) for name in names}
+        row |= {
+            "seconds_per_slide": cost.seconds_per_slide,
+            "time_s": cost.seconds_per_slide * slides,
+            "patches_read_per_slide": cost.patches_read_per_slide,
+            "patches_per_slide": cost.patches_per_slide,
+            "bytes_per_slide": cost.bytes_per_slide,
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 @dataclass(frozen=True)
 class TableRow:
     """Cells of one line; `best` marks the cells that hold the best mean of their column."""
@@ -168,16 +213,34 @@ class TextTable:
 
 
 def text_table(
-    results: pd.DataFrame, *, title: str = "", show_sd: bool = True, show_interval: bool = True, show_cost: bool = True
+    results: pd.DataFrame,
+    *,
+    title: str = "",
+    metrics: Sequence[str] | None = None,
+    show_sd: bool = True,
+    show_interval: bool = True,
+    show_cost: bool = True,
+    show_total: bool = False,
 ) -> TextTable:
     """Lay out a results frame for reading: methods in lines; in columns, for each dataset and task, metrics and cost.
 
     A cell reads "90.7 ± 2.1 [86.0, 94.1]": mean and sd over folds, then the 95 % interval. Best means (as printed) of a
     column are marked. What is undefined says so; the reasons follow as notes.
+
+    Args:
+        results: see the top of this file.
+        title: of the table.
+        metrics: those to show; None shows all that the frame has.
+        show_sd: over folds.
+        show_interval: over patients.
+        show_cost: patches and seconds per slide.
+        show_total: seconds of all slides together, which is what the paper seems to print.
     """
     tasks = list(dict.fromkeys(zip(results["dataset"], results["task"], strict=True)))
     methods = list(dict.fromkeys(zip(results["group"], results["method"], strict=True)))
-    names = metrics_in(results)
+    names = metrics_in(results) if metrics is None else list(metrics)
+    costs = [("patches_per_slide", "Patches / slide"), ("seconds_per_slide", "Seconds / slide")] if show_cost else []
+    costs += [("time_s", "Time (s)")] if show_total else []
     header = ["Method"]
     columns: list[list[str]] = []
     marks: list[list[bool]] = []
@@ -189,12 +252,11 @@ def text_table(
             header.append(lead + metric(name).title)
             columns.append([_metric_cell(lines.get(m), name, show_sd, show_interval) for m in methods])
             marks.append(_best([_shown(lines.get(m), name) for m in methods], metric(name).higher_is_better))
-        if show_cost:
-            for key, heading in (("patches_per_slide", "Patches / slide"), ("seconds_per_slide", "Seconds / slide")):
-                if part[key].notna().any():
-                    header.append(lead + heading)
-                    columns.append([_cost_cell(lines.get(m), key) for m in methods])
-                    marks.append([False] * len(methods))
+        for key, heading in costs:
+            if part[key].notna().any():
+                header.append(lead + heading)
+                columns.append([_cost_cell(lines.get(m), key) for m in methods])
+                marks.append([False] * len(methods))
     rows = tuple(
         TableRow(str(group), (str(method), *(c[i] for c in columns)), (False, *(m[i] for m in marks)))
         for i, (group, method) in enumerate(methods)
@@ -209,10 +271,16 @@ def _notes(results: pd.DataFrame, several: bool, show_sd: bool, show_interval: b
     if show_interval:
         parts.append("[95 % bootstrap interval over patients within test folds]")
     notes = [" ".join(parts) + "; metrics in percent where the paper's are. Bold marks the best mean, not a test."]
-    for note, part in results[results["note"] != ""].groupby("note", sort=False):
+    told = results["note"].map(lambda note: note if show_interval else _without_intervals(note))
+    for note, part in results[told != ""].groupby(told[told != ""], sort=False):
         where = [f"{r.dataset} {r.task}: {r.method}" if several else str(r.method) for r in part.itertuples()]
-        notes.append(f"{', '.join(where)}: {note}.")
+        notes.append(f"{'all methods' if 1 < len(where) == len(results) else ', '.join(where)}: {note}.")
     return notes
+
+
+def _without_intervals(note: str) -> str:
+    """Leave out what a note says of intervals, where none are shown."""
+    return "; ".join(part for part in note.split("; ") if "interval" not in part and "resamples" not in part)
 
 
 def _metric_cell(row: dict[Any, Any] | None, name: str, show_sd: bool, show_interval: bool) -> str:
@@ -262,7 +330,7 @@ def differences_table(differences: pd.DataFrame, title: str = "") -> TextTable:
         text = "undefined" if numbers[0] == "–" else numbers[0]
         if numbers[1] != "–":
             text += f" [{numbers[1]}, {numbers[2]}]"
-        tests = [_p_value(row[k]) for k in ("p_permutation", "p_holm", "p_delong")]
+        tests = [p_value_text(row[k]) for k in ("p_permutation", "p_holm", "p_delong")]
         rows.append([row["method"], metric(row["metric"]).title, text, *tests])
     header = ["Against", "Metric", "Difference [95 % interval]", "p, permutation", "p, Holm", "p, DeLong"]
     table = TextTable.of(title, header, rows)
@@ -270,7 +338,8 @@ def differences_table(differences: pd.DataFrame, title: str = "") -> TextTable:
     notes = [f"{row['method']}: {row['note']}." for row in noted.to_dict("records")]
     lead = (
         "Paired over the same patients: bootstrap interval; permutations swap whole patients between the methods; "
-        "Holm over the lines; DeLong within folds, for two classes and one slide per patient."
+        "Holm over the baselines, for each metric by itself (a dash: no baseline); DeLong within folds, for two "
+        "classes and one slide per patient."
     )
     return replace(table, notes=(lead, *notes))
 
@@ -280,7 +349,8 @@ def signed(value: float, digits: int) -> str:
     return f"{value:+.{digits}f}".replace("-", "−") if math.isfinite(value) else "–"
 
 
-def _p_value(value: float) -> str:
+def p_value_text(value: float) -> str:
+    """Three decimals, or "< 0.001"; a dash if undefined."""
     if not math.isfinite(value):
         return "–"
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
