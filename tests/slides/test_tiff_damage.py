@@ -265,3 +265,23 @@ def sample_file(tmp_path_factory, write_tiff, flavours, tissue):
         ]
     held = {position for offset, length in tiles for position in range(offset, offset + length)}
     return data, [position for position in range(len(data)) if position not in held]
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), name=st.sampled_from(["jpeg-420", "jpeg-rgb-shared-tables", "jpeg-progressive"]))
+def test_a_damaged_jpeg_is_noticed_as_openslide_does(tmp_path_factory, write_tiff, flavours, tissue, data, name):
+    """Bytes of one tile are overwritten: both readers refuse it, or both give the same pixels."""
+    path = tmp_path_factory.getbasetemp() / f"{name}.tif"
+    image = tissue[:128, :256]
+    write_tiff(path, [image, halved(image)], replace(flavours[name], tile_px=(128, 128)))
+    offset, length = tile_bytes(path, 1, 0)
+    for _ in range(data.draw(st.integers(1, 4))):
+        patch(path, offset + data.draw(st.integers(0, length - 1)), bytes([data.draw(st.integers(0, 255))]))
+    got = []
+    for reader in ("tiff", "openslide"):
+        try:
+            got.append(open_slide(path, reader=reader).read_box((128, 0, 256, 128), (128, 128)))
+        except UnreadableRegion:
+            got.append(None)
+    assert (got[0] is None) == (got[1] is None)
+    assert got[0] is None or (got[0] == got[1]).all()

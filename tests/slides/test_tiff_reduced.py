@@ -30,7 +30,8 @@ def test_near_the_area_average(tmp_path, write_tiff, flavours, tissue, name, fac
     ours, theirs = direct.read_box(box, size).astype(float), other.read_box(box, size).astype(float)
     assert np.abs(ours - theirs).mean() <= BOUNDS[name]
     assert np.abs((ours - theirs).mean(axis=(0, 1))).max() < 0.5, "no channel is shifted"
-    assert (ours != theirs).any(), "the tiles were reduced while decoding"
+    reduced = factor % 4 == 0 or name not in ("jpeg-420", "jpeg-422")
+    assert (ours != theirs).any() == reduced, "whether tiles were reduced while decoding"
 
 
 def test_real_slide_at_5x(shared_data):
@@ -65,13 +66,15 @@ def test_unaligned_requests_are_decoded_fully(tmp_path, write_tiff, flavours, ti
         assert (direct.read_box(box, size) == other.read_box(box, size)).all()
 
 
-def test_half_chroma_along_x_is_decoded_one_step_finer(tmp_path, write_tiff, flavours, tissue):
-    slide = open_slide(write_tiff(tmp_path / "a.tif", [tissue], flavours["jpeg-422"]), reader="tiff")
-    found = [reductions(slide, (0, 0, 256, 256), (256 // f, 256 // f)) for f in (1, 2, 4, 8)]
-    assert found == [{1}, {2}, {2}, {4}]
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("jpeg-444", [1, 2, 4, 8]), ("jpeg-420", [1, 1, 4, 8]), ("jpeg-422", [1, 1, 2, 4])]
+)
+def test_half_chroma_is_decoded_as_features_allow(tmp_path, write_tiff, flavours, tissue, name, wanted):
+    slide = open_slide(write_tiff(tmp_path / "a.tif", [tissue], flavours[name]), reader="tiff")
+    assert [reductions(slide, (0, 0, 256, 256), (256 // f, 256 // f)) for f in (1, 2, 4, 8)] == [{w} for w in wanted]
 
 
-@pytest.mark.parametrize(("factor", "reduction", "bound"), [(2, 1, 0.0), (4, 2, 1.0), (8, 4, 2.0)])
+@pytest.mark.parametrize(("factor", "reduction", "bound"), [(2, 1, 0.0), (4, 2, 1.0), (8, 2, 0.6)])
 def test_jpeg_2000(shared_data, factor, reduction, bound):
     """The wavelet's low band, moved and smoothed into averages; as it comes it is many grey levels off."""
     direct, other = (

@@ -27,12 +27,14 @@ _OTHER_SOF = {0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 
 _REDUCTIONS = {
     (1, 1): {2: 2, 4: 4, 8: 8},
-    (2, 2): {2: 2, 4: 4, 8: 8},
-    (2, 1): {2: 2, 4: 2, 8: 4},
+    (2, 2): {4: 4, 8: 8},
+    (2, 1): {4: 2, 8: 4},
 }
 """By the sampling factors of luma over chroma: what to decode at, where an average over 2, 4 or 8 pixels is wanted.
 
-4:2:2 is decoded one step finer, since its chroma would be interpolated from half of the wanted pixels along x."""
+Chroma of half size is handled differently at full and at reduced size. Allowed is what kept the cosine of a ViT-S's
+features with those of the exact average above 0.999 on 100 regions of a skin section: 4:2:0 at 1/2 fell to 0.9985 and
+4:2:2 to 0.9970, so these are decoded fully; 4:2:2 at coarser scales is decoded one step finer, and averaged."""
 
 
 @dataclass(frozen=True)
