@@ -158,7 +158,7 @@ def test_ctrl_c_says_that_the_run_resumes(
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lrmil.pipeline.run.tile_cohort", interrupt)
+    monkeypatch.setattr("lrmil.pipeline.study.tile_cohort", interrupt)
     answer = call("run", study.config, *tiny, "--set", f"out={tmp_path / 'run'}", "--quiet")
     assert answer.code == 130
     assert "lrmil: stopped; the same command resumes where it was." in answer.err

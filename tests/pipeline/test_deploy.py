@@ -92,7 +92,7 @@ def test_no_results_of_other_settings_are_left_behind(
         assert not any((out / name).exists() for name in ("model", "tables", "report.html", "figures"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lrmil.pipeline.run.tile_cohort", stop)
+    monkeypatch.setattr("lrmil.pipeline.study.tile_cohort", stop)
     with pytest.raises(KeyboardInterrupt):
         lab.run(out, **lab.merged({"deploy": False}, changes))
 

@@ -74,6 +74,10 @@ class Run:
     cohort: Cohort
     reporter: Reporter
     failures: list[Failure] = field(default_factory=list)
+    stage1_folder: RunFolder | None = None
+    """Where the folds' student encoders lie, if in another run's folder"""
+    teacher_folder: RunFolder | None = None
+    """Where the folds' teacher heads lie, if in another run's folder"""
 
     @property
     def device(self) -> torch.device:

@@ -42,7 +42,7 @@ def distil_fold(
     if not run.folder.is_done(step, key):
         run.folder.begin(step)
         # Features of an older student must not outlive it.
-        shutil.rmtree(run.folder.fold(split.name) / "features", ignore_errors=True)
+        shutil.rmtree(_home(run, split) / "features", ignore_errors=True)
         # A new encoder for every fold: one that goes on from another fold has seen this fold's test patients.
         student = run.build_encoder(student=True)
         fit = _train(run, split, grids, pixels, teacher, student, teacher_outputs)
@@ -69,11 +69,15 @@ def distilled_layers(run: Run, encoder: Encoder) -> tuple[int, ...]:
 
 def fold_bag(run: Run, split: Split, slide_id: str) -> Path:
     """Return where the features of a fold's student encoder lie."""
-    return run.folder.fold(split.name) / "features" / f"{slide_id}.h5"
+    return _home(run, split) / "features" / f"{slide_id}.h5"
 
 
 def _stage1(run: Run, split: Split) -> Path:
-    return run.folder.fold(split.name) / "stage1"
+    return _home(run, split) / "stage1"
+
+
+def _home(run: Run, split: Split) -> Path:
+    return (run.stage1_folder or run.folder).fold(split.name)
 
 
 def _train(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from lrmil.evaluation import (
     text_table,
     write_results,
 )
-from lrmil.evaluation.table_formats import to_markdown
+from lrmil.evaluation.table_formats import to_markdown, to_rich
 from lrmil.files import write_text
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.heads import Outputs
@@ -95,6 +96,10 @@ class Scores:
     """LRMIL less the HR teacher, AUC"""
     predictions: dict[str, Predictions]
 
+    def table_lines(self) -> list[str]:
+        """Return the table for a terminal."""
+        return terminal_lines(self.table)
+
 
 def score_methods(run: Run, predictions: Mapping[str, Predictions], costs: Mapping[str, Cost], dataset: str) -> Scores:
     """Score every method; write tables/: results.csv, results.md, and the predictions of each method.
@@ -143,6 +148,15 @@ def _difference(run: Run, predictions: Mapping[str, Predictions], other: str) ->
         return None
     e = run.settings.evaluation
     return paired_bootstrap(predictions[LRMIL], predictions[other], "auc", seed=e.seed, resamples=e.bootstrap)
+
+
+def terminal_lines(table: TextTable) -> list[str]:
+    """Return a table as lines for a terminal."""
+    from rich.console import Console
+
+    text = StringIO()
+    Console(file=text, width=150, highlight=False).print(to_rich(table))
+    return text.getvalue().rstrip("\n").split("\n")
 
 
 def per_fold_slides(folds: Sequence[Split]) -> TextTable:

@@ -37,8 +37,9 @@ class RunFolder:
     simply repeated, and never taken for what it was before.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, trained: str = "folds") -> None:
         self.root = Path(root)
+        self._trained = self.root / trained
         self.config = self.root / "config.yaml"
         self.cohort = self.root / "cohort.csv"
         self.splits = self.root / "splits.csv"
@@ -60,7 +61,11 @@ class RunFolder:
 
     def fold(self, name: str) -> Path:
         """Everything trained for one fold; name "0".."n-1", or "final" for the deployed model."""
-        return self.root / "folds" / name
+        return self._trained / name
+
+    def variant(self, name: str) -> RunFolder:
+        """Return the same folder with other trained parts, in variants/<name>/."""
+        return RunFolder(self.root, f"variants/{name}")
 
     def is_done(self, step: Path, key: str) -> bool:
         """Say whether the step with that folder was finished with exactly these settings and inputs."""

@@ -54,4 +54,6 @@ def label_head_outputs(
             on_epoch=on_epoch,
         )
 
-    return head_outputs(run, run.folder.fold(split.name) / name, key, bags, split, f"{title}, {split.title}", train)
+    folder = run.teacher_folder if name == "teacher" and run.teacher_folder else run.folder
+    step = folder.fold(split.name) / name
+    return head_outputs(run, step, key, bags, split, f"{title}, {split.title}", train)
