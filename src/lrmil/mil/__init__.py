@@ -14,7 +14,7 @@ from lrmil.mil import zoommil as zoommil  # enters zoommil
 from lrmil.mil.base import HeadOutput, MILHead
 from lrmil.mil.load import load_original
 from lrmil.mil.multi_scale import MultiScaleHead, MultiScaleOutput
-from lrmil.mil.registry import HeadCard, HeadSettings, create_head, head_cards, register_head
+from lrmil.mil.registry import HeadCard, HeadSettings, create_head, head_card, head_cards, register_head
 from lrmil.mil.scales import PatchSource, RecordedSource, StoredScales
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "RecordedSource",
     "StoredScales",
     "create_head",
+    "head_card",
     "head_cards",
     "load_original",
     "register_head",

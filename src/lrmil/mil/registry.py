@@ -41,6 +41,7 @@ class HeadSettings(Settings):
 
 HeadClass = TypeVar("HeadClass", bound=type[Head])
 _HEADS: dict[str, tuple[HeadCard, type[Head]]] = {}
+_TORCHMIL = "torchmil:"
 
 
 def register_head(card: HeadCard) -> Callable[[HeadClass], HeadClass]:
@@ -60,11 +61,26 @@ def head_cards() -> tuple[HeadCard, ...]:
     return tuple(_HEADS[name][0] for name in sorted(_HEADS))
 
 
+def head_card(name: str) -> HeadCard:
+    """Return the card of one head; of a `torchmil:` one too, which `head_cards` does not list.
+
+    Raises:
+        HeadError: no such head.
+    """
+    if name.startswith(_TORCHMIL):
+        from lrmil.mil import torchmil_heads  # heavy, and optional
+
+        return torchmil_heads.card(name)
+    if name not in _HEADS:
+        raise _unknown(name)
+    return _HEADS[name][0]
+
+
 def create_head(name: str, in_dim: int, num_classes: int, **options: Any) -> Any:
     """Build a head with freshly drawn weights (torch's global generator), float32, on the CPU, in training mode.
 
     Args:
-        name: see `head_cards()`.
+        name: see `head_cards()`; or `torchmil:` and the name of a model class of torchmil, where that is installed.
         in_dim: width D of the instances.
         num_classes: number of logits.
         **options: the head's own; its `Options` class lists them.
@@ -75,8 +91,12 @@ def create_head(name: str, in_dim: int, num_classes: int, **options: Any) -> Any
     Raises:
         HeadError: no such head, or no such option.
     """
+    if name.startswith(_TORCHMIL):
+        from lrmil.mil import torchmil_heads  # heavy, and optional
+
+        return torchmil_heads.create(name, in_dim, num_classes, **options)
     if name not in _HEADS:
-        raise HeadError(f"there is no head named {name!r}.", fix=f"Choose one of: {', '.join(sorted(_HEADS))}.")
+        raise _unknown(name)
     card, head_class = _HEADS[name]
     try:
         chosen = head_class.Options(**options)
@@ -87,3 +107,7 @@ def create_head(name: str, in_dim: int, num_classes: int, **options: Any) -> Any
     head = head_class(in_dim, num_classes, chosen)
     head.card = card
     return head
+
+
+def _unknown(name: str) -> HeadError:
+    return HeadError(f"there is no head named {name!r}.", fix=f"Choose one of: {', '.join(sorted(_HEADS))}.")

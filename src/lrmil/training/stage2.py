@@ -21,7 +21,7 @@ from torch import Tensor
 from lrmil.distill import RegionScores, Stage2LossSettings, region_scores, student_loss
 from lrmil.errors import ConfigError, CorruptBag, HeadError
 from lrmil.geometry import IntArray
-from lrmil.mil import HeadOutput, HeadSettings, MILHead, create_head, head_cards
+from lrmil.mil import HeadOutput, HeadSettings, MILHead, create_head, head_card
 from lrmil.training.loop import (
     FitResult,
     LoopSettings,
@@ -176,7 +176,7 @@ def student_head(settings: StudentSettings) -> HeadSettings:
         ConfigError: the head cannot give what the loss needs.
     """
     loss, head = settings.loss, settings.head
-    gives = {card.name: card.gives_attention for card in head_cards()}.get(head.name, True)
+    gives = head_card(head.name).gives_attention
     if (loss.lambda_soft or (loss.lambda_hard and loss.hard_mode == "attention")) and not gives:
         raise ConfigError(
             f"head {head.name!r} weighs no instances, so it cannot learn from the teacher's attention.",
