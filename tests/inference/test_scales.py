@@ -68,10 +68,14 @@ def make_head(name: str, in_dim: int, slide: Any, seed: int = 0) -> MultiScaleHe
         torch.manual_seed(seed)
         head = create_head(name, in_dim, 3, **options).eval()
     if name == "hdmil":
-        # Scores of fresh weights hardly differ: put the threshold of every class high.
+        # Scores of fresh weights hardly differ: normalise them for this slide, then set each class's threshold high.
         thumbnails = SlideScales(slide, grid_of(slide), None, head.scales).thumbnails()
         with torch.no_grad():
-            head.lipn.classifier.bias -= torch.quantile(head.lipn(thumbnails), 0.85, dim=0)
+            for norm in (module for module in head.lipn.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+                norm.momentum = 1.0
+            head.lipn.train()(thumbnails)
+            head.eval()
+            head.lipn.classifier.bias -= torch.quantile(head.lipn(thumbnails), 0.8, dim=0)
     return head
 
 
