@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lrmil.mil.recipe import Recipe, SelectBy
 from lrmil.training.loop import (
     FitResult,
     LoopSettings,
-    SelectBy,
     TrainingError,
     Validation,
     fit,
@@ -28,7 +28,12 @@ NAN = math.nan
 
 
 def _script(
-    results: list[tuple[float, float]], *, patience: int = 20, select_by: SelectBy = "auc", epochs: int | None = None
+    results: list[tuple[float, float]],
+    *,
+    patience: int | None = 20,
+    select_by: SelectBy = "auc",
+    epochs: int | None = None,
+    **changes: Any,
 ) -> tuple[FitResult, nn.Linear]:
     """Run `fit` on a model whose weight is the number of the epoch, with scripted (auc, loss) for each epoch."""
     model = nn.Linear(1, 1)
@@ -46,10 +51,18 @@ def _script(
         assert not model.training
         assert torch.is_inference_mode_enabled()
         auc, loss = results[seen["epoch"] - 1]
-        return Validation(loss=loss, auc=auc, details={"accuracy": 0.5})
+        return Validation(loss=loss, score=auc, details={"accuracy": 0.5}, undefined="there is no AUC")
 
-    settings = LoopSettings(epochs=epochs or len(results), patience=patience)
-    return fit(model, train=train, validate=validate, settings=settings, select_by=select_by, seed=0), model
+    recipe = Recipe(1e-4, epochs=epochs or len(results), patience=patience, select_by=select_by, **changes)
+    return fit(model, train=train, validate=validate, recipe=recipe, seed=0), model
+
+
+def test_the_papers_recipe_is_adam_at_one_rate_with_patience() -> None:
+    settings = LoopSettings(learning_rate=0.5, weight_decay=0.25, epochs=7, patience=3)
+    assert settings.paper_recipe("auc") == Recipe(
+        0.5, 0.25, epochs=7, patience=3, select_by="auc", source=settings.paper_recipe("loss").source
+    )
+    assert LoopSettings().patience == 20
 
 
 def test_the_highest_auc_is_kept_and_its_weights_restored() -> None:
@@ -57,7 +70,8 @@ def test_the_highest_auc_is_kept_and_its_weights_restored() -> None:
     assert result.best_epoch == 2
     assert model.weight.item() == 2
     assert not model.training
-    assert result.best.auc == 0.8
+    assert result.best.score == 0.8
+    assert result.selected_by == "auc"
     assert [r["best"] for r in result.history] == [True, True, False]
     assert not result.stopped_early
 
@@ -92,7 +106,7 @@ def test_by_loss_the_lowest_loss_is_kept() -> None:
 
 
 def test_an_undefined_auc_falls_back_to_the_loss_and_says_so() -> None:
-    with pytest.warns(UserWarning, match="class is missing from the validation split"):
+    with pytest.warns(UserWarning, match="there is no AUC: the best epoch is chosen by validation loss"):
         result, _ = _script([(NAN, 1.0), (NAN, 0.4), (NAN, 0.5)])
     assert result.selected_by == "loss"
     assert result.best_epoch == 2
@@ -118,8 +132,7 @@ def test_the_kept_state_is_a_copy_and_covers_buffers() -> None:
         model,
         train=train,
         validate=lambda: Validation(next(losses)),
-        settings=LoopSettings(epochs=3),
-        select_by="loss",
+        recipe=Recipe(1e-4, epochs=3),
         seed=0,
     )
     assert model.running_mean is not None
@@ -131,9 +144,8 @@ def test_history_is_json_and_reaches_the_callback() -> None:
     result = fit(
         model,
         train=lambda g: {"loss": 0.5, "loading_s": 0.0, "steps_s": 0.0},
-        validate=lambda: Validation(0.25, 0.75, {"accuracy": 1.0}),
-        settings=LoopSettings(epochs=2),
-        select_by="auc",
+        validate=lambda: Validation(0.25, 0.75, details={"accuracy": 1.0}),
+        recipe=Recipe(1e-4, epochs=2, select_by="auc"),
         seed=0,
         on_epoch=seen.append,
     )
@@ -143,6 +155,91 @@ def test_history_is_json_and_reaches_the_callback() -> None:
         "epoch": 1, "train_loss": 0.5, "val_loss": 0.25, "val_auc": 0.75, "val_accuracy": 1.0, "best": True,
     }  # fmt: skip
     assert 0 <= sum(result.time_shares().values()) <= 1 + 1e-9
+
+
+def test_another_score_goes_by_its_name() -> None:
+    model = nn.Linear(1, 1)
+    scores = iter([-1.0, 0.25, 0.125])
+    result = fit(
+        model,
+        train=lambda g: {"loss": 0.5},
+        validate=lambda: Validation(0.25, next(scores), "r2"),
+        recipe=Recipe(1e-4, epochs=3, select_by="auc"),
+        seed=0,
+    )
+    assert (result.selected_by, result.best_epoch, result.best.score) == ("r2", 2, 0.25)
+    assert [r["val_r2"] for r in result.history] == [-1.0, 0.25, 0.125]
+    assert "val_auc" not in result.history[0]
+
+
+def test_an_earliest_stop_prolongs_training_but_keeps_an_earlier_epoch() -> None:
+    losses = [(NAN, 1.0), (NAN, 0.1), *[(NAN, 0.5)] * 10]
+    for earliest, epochs in ((0, 5), (5, 5), (8, 8), (100, 12)):
+        result, model = _script(losses, patience=3, select_by="loss", earliest_stop=earliest)
+        assert len(result.history) == epochs
+        assert result.best_epoch == model.weight.item() == 2
+
+
+def test_epochs_before_the_first_are_neither_kept_nor_counted() -> None:
+    losses = [(NAN, x) for x in (0.1, 0.2, 0.3, 0.9, 0.8, 0.8, 0.8, 0.7)]
+    result, model = _script(losses, patience=2, select_by="loss", first_epoch=4)
+    assert [r["best"] for r in result.history] == [False, False, False, True, True, False, False]
+    assert result.best_epoch == model.weight.item() == 5
+    with pytest.raises(TrainingError, match="no epoch before 9 is kept, but there are 8"):
+        _script(losses, first_epoch=9)
+
+
+def test_no_patience_runs_all_epochs_and_last_keeps_the_last() -> None:
+    losses = [(NAN, 0.1 * x) for x in range(1, 31)]
+    result, model = _script(losses, select_by="loss")
+    assert len(result.history) == 21
+    result, model = _script(losses, select_by="loss", patience=None)
+    assert (len(result.history), result.best_epoch, result.stopped_early) == (30, 1, False)
+    result, model = _script(losses, select_by="last", patience=2)
+    assert (result.best_epoch, model.weight.item(), result.selected_by) == (30, 30, "last")
+
+
+def test_the_schedule_hears_every_validation_loss_but_that_of_the_last_epoch() -> None:
+    heard: list[float] = []
+    losses = iter([0.5, 0.25, 1.0])
+    fit(
+        nn.Linear(1, 1),
+        train=lambda g: {"loss": 0.5},
+        validate=lambda: Validation(next(losses)),
+        recipe=Recipe(1e-4, epochs=3, select_by="loss"),
+        seed=0,
+        after_epoch=heard.append,
+    )
+    assert heard[:2] == [0.5, 0.25]
+
+
+def _batches(count: int, size: int, **options: Any) -> list[list[int]]:
+    seen: list[list[int]] = []
+    run_epoch(
+        count,
+        size,
+        load=lambda indices: indices,
+        step=lambda indices: seen.append(indices.tolist()) or {"loss": torch.tensor(0.0)},
+        optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0),
+        generator=torch.Generator().manual_seed(0),
+        name=str,
+        **options,
+    )
+    return seen
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(5, [5]), (8, [8]), (15, [15]), (17, [9, 8]), (26, [9, 9, 8])])
+def test_batches_of_at_least_so_many(count: int, sizes: list[int]) -> None:
+    batches = _batches(count, 8, at_least=True)
+    assert [len(b) for b in batches] == sizes
+    assert sorted(i for b in batches for i in b) == list(range(count))
+
+
+def test_weights_draw_with_replacement() -> None:
+    drawn = [b[0] for b in _batches(1000, 1, weights=torch.tensor([0.0, 3.0, 1.0] + [0.0] * 997))]
+    assert len(drawn) == 1000
+    assert set(drawn) == {1, 2}
+    assert 0.7 < drawn.count(1) / 1000 < 0.8
 
 
 def _line_fit(seed: int, prefetch: bool = False, batch_size: int = 3) -> tuple[list[float], list[list[int]], Any]:
@@ -172,7 +269,7 @@ def _line_fit(seed: int, prefetch: bool = False, batch_size: int = 3) -> tuple[l
         weights.append(model[1].weight.sum().item())
         return Validation(float((model(x) - 2 * x.sum(1, keepdim=True)).square().mean()))
 
-    result = fit(model, train=train, validate=validate, settings=LoopSettings(epochs=4), select_by="loss", seed=seed)
+    result = fit(model, train=train, validate=validate, recipe=Recipe(1e-4, epochs=4), seed=seed)
     return weights, order, result
 
 

@@ -19,6 +19,7 @@ Shapes. N regions (instances of the student), M children (instances of the teach
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +33,8 @@ from lrmil.settings import Settings
 Unmatched = Literal["exclude", "released"]
 TeacherScores = Literal["logits", "softmax"]
 RegionAggregation = Literal["mean", "max"]
+BagDistance = Callable[[Tensor, Tensor], Tensor]
+"""teacher's logits (C,), student's logits (C,) to a scalar"""
 
 
 class Stage2LossSettings(Settings):
@@ -186,24 +189,32 @@ def student_loss(
     teacher_logits: Tensor,
     teacher: RegionScores,
     settings: Stage2LossSettings,
+    *,
+    bag_distance: BagDistance | None = None,
 ) -> StudentLoss:
     """Eq. (6). Terms of weight 0 are not computed at all, so that they change no bit of the result.
 
     Args:
-        ce: scalar, loss of the slide's label.
+        ce: scalar, loss of the slide's label: cross-entropy, or what the head makes of the loss of its task, with its
+            own terms.
         student_logits: (C,).
         student_attention_logits: (N,); needed for the soft term and for `hard_mode: attention`.
         instance_logits: (N, 2); needed for the other hard modes.
         teacher_logits: (C,).
         teacher: see `region_scores`.
         settings: weights and variants.
+        bag_distance: L_bag of tasks other than classification, from the logits (C,) of teacher and student; None is
+            Eq. (3).
     """
     s = settings
     total, terms = ce if s.lambda_ce == 1.0 else s.lambda_ce * ce, {"ce": ce}
     if s.lambda_bag:
-        terms["bag"] = bag_distillation_loss(
-            student_logits, teacher_logits, temperature=s.bag_temperature, temperature_squared=s.temperature_squared
-        )
+        if bag_distance is None:
+            terms["bag"] = bag_distillation_loss(
+                student_logits, teacher_logits, temperature=s.bag_temperature, temperature_squared=s.temperature_squared
+            )
+        else:
+            terms["bag"] = bag_distance(teacher_logits, student_logits)
         total = total + s.lambda_bag * terms["bag"]
     if s.lambda_soft:
         terms["soft"] = soft_attention_loss(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+SelectBy = Literal["auc", "loss", "auc+accuracy", "weighted_f1", "last"]
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -17,14 +19,15 @@ class Recipe:
     decay_matrices_only: bool = False
     """No weight decay on biases and other one-dimensional parameters"""
     epochs: int = 200
-    select_by: Literal["auc", "loss", "auc+accuracy", "weighted_f1", "last"] = "loss"
-    """What is watched on the validation split; "last" keeps the last epoch"""
+    select_by: SelectBy = "loss"
+    """What is watched on the validation split; "last" keeps the last epoch. A task without AUC, accuracy or F1 is
+    watched by its own score instead"""
     patience: int | None = None
     """Epochs without gain before training ends; None: all epochs are run"""
     earliest_stop: int = 0
-    """Training does not end before this epoch for want of patience; earlier epochs may still be kept"""
+    """Training does not end before this epoch, counted from 1, for want of patience; earlier ones may still be kept"""
     first_epoch: int = 0
-    """No epoch before this one is kept, nor counts for `patience`"""
+    """No epoch before this one, counted from 1, is kept, nor counts for `patience`"""
     schedule: Literal["constant", "cosine", "step", "plateau"] = "constant"
     schedule_epochs: int = 0
     """Length of the cosine, epoch of the step, or patience of the plateau"""

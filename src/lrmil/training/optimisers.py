@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, ReduceLROnPlateau
 
 from lrmil.errors import TrainingError
 from lrmil.mil.recipe import Recipe
-
-AfterEpoch = Callable[[float], None]
-"""called after each epoch with its validation loss"""
+from lrmil.training.loop import AfterEpoch
 
 
 def make_optimiser(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
