@@ -36,6 +36,7 @@ def register(app: typer.Typer) -> None:
     app.command()(demo)
     app.command()(init)
     app.command()(run)
+    app.command()(compare)
     for name, text in STAGE_HELP.items():
         _add_stage(app, name, text)
 
@@ -76,6 +77,28 @@ def run(config: Config, overrides: Override = None, quiet: Quiet = False) -> Non
     from lrmil.pipeline.run import run_all
 
     _finish(run_all(*_open(config, overrides, quiet)))
+
+
+def compare(
+    config: Config,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Rows of the tables, like abmil,clam_sb,lrmil; else what the config's compare.methods says."),
+    ] = None,
+    overrides: Override = None,
+    quiet: Quiet = False,
+) -> None:
+    """LRMIL beside the paper's ten methods, on the same slides, folds and features.
+
+    Writes to compare/ in the config's `out` folder: tables shaped like the paper's (CSV, Markdown, LaTeX), paired
+    differences with tests, every fold, calibration, predictions and figures. Resumes; methods may be added later.
+    Seconds per slide are measured from the slide files, with nothing cached.
+    """
+    from lrmil.pipeline.compare import compare as compare_methods
+
+    if methods is not None:
+        overrides = [*(overrides or []), f"compare.methods=[{methods}]"]
+    _finish(compare_methods(*_open(config, overrides, quiet)))
 
 
 def _add_stage(app: typer.Typer, name: str, text: str) -> None:

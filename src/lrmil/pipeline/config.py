@@ -22,6 +22,12 @@ from lrmil.tissue import TissueSettings
 from lrmil.training.stage1 import Stage1Settings
 from lrmil.training.stage2 import StudentSettings, TeacherSettings
 
+PAPER_METHODS = (
+    *("max_pool", "mean_pool", "abmil", "clam_mb", "clam_sb", "dsmil", "transmil", "dtfd"),
+    *("zoommil", "hdmil"),
+)
+"""The ten methods that the paper compares LRMIL with"""
+
 
 class HREncoderSettings(EncoderSettings):
     """The frozen high-resolution encoder, which is also what the student starts from."""
@@ -74,6 +80,30 @@ class EvaluationSettings(Settings):
     heatmap_slides: int = Field(4, ge=0, description="test slides shown side by side in the report")
 
 
+class CompareSettings(Settings):
+    """What `lrmil compare` does."""
+
+    methods: list[str] = Field(
+        ["majority", *PAPER_METHODS, "lr_only", "lrmil"], description="rows of the tables; torchmil:CLASS works, too"
+    )
+    recipe: Literal["paper", "original"] = Field(
+        "paper",
+        description="how baselines are trained. paper: all like the teacher; original: each as its own program does",
+    )
+    options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="options of a method's head, such as dtfd: {groups: 8}"
+    )
+    seeds: list[int] = Field([], description="training seeds, averaged in the tables; empty: the run's seed alone")
+    jobs: int = Field(0, ge=0, description="heads trained at a time; 0: one a core, one on a GPU")
+
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) != len(seeds):
+            raise ValueError("name each seed once")
+        return seeds
+
+
 class RunSettings(Settings):
     """Everything that a run depends on."""
 
@@ -88,6 +118,7 @@ class RunSettings(Settings):
     teacher: TeacherSettings = TeacherSettings()
     student: StudentSettings = StudentSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    compare: CompareSettings = CompareSettings()
     targets: Literal["cached", "on_the_fly"] = Field(
         "cached",
         description="stage 1's targets: CLS of the distilled layers kept in float16 beside the 20x features, "

@@ -50,6 +50,7 @@ class RunFolder:
         self.report = self.root / "report.html"
         self.figures = self.root / "figures"
         self.model = self.root / "model"
+        self.comparison = self.root / "compare"
 
     def tiles(self, slide_id: str) -> Path:
         """Tissue and grid of a slide; beside it lie a picture, .jpg, and what was read at 5x, .regions.npz."""

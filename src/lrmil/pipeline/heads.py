@@ -14,6 +14,7 @@ from lrmil.bags import Bag, read_bag
 from lrmil.files import atomic_path, read_json, write_json, write_tensors
 from lrmil.mil import MILHead, create_head
 from lrmil.pipeline.context import Run, Split
+from lrmil.pipeline.folder import RunFolder
 from lrmil.pipeline.keys import outputs_key
 from lrmil.pipeline.reporting import without_python_warnings
 from lrmil.training.loop import OnEpoch
@@ -36,14 +37,13 @@ def head_outputs(
     if not run.folder.is_done(step, key):
         run.folder.begin(step)
         _train_and_store(run, step, key, bags, split, title, train)
-    path = step / "outputs.npz"
     wanted = outputs_key(run, key, bags)
-    outputs = _load_outputs(path, wanted)
+    outputs = load_outputs(step, wanted)
     if outputs is None:
         predictions = predict_bags(
             stored_head(step), [slide_bag(run, bag, s) for s, bag in bags.items()], device=run.device
         )
-        _store_outputs(predictions, path, wanted)
+        store_outputs(predictions, step, wanted)
         outputs = {p.slide_id: p for p in predictions}
     return outputs
 
@@ -71,6 +71,19 @@ def stored_head(folder: Path) -> MILHead:
     return head.eval()
 
 
+def store_trained(
+    folder: RunFolder, step: Path, key: str, trained: TrainedHead, epochs: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write head.safetensors, head.json, history.json, and last done.json."""
+    fit = trained.fit
+    store_head(trained.head, step)
+    write_json(
+        step / "history.json",
+        {"epochs": epochs, "best_epoch": fit.best_epoch, "selected_by": fit.selected_by, "notes": fit.notes},
+    )
+    folder.mark_done(step, key, best_epoch=fit.best_epoch, val_auc=fit.best.auc, seconds=round(fit.seconds, 2))
+
+
 def _train_and_store(
     run: Run, step: Path, key: str, bags: Mapping[str, Bag], split: Split, title: str, train: Train
 ) -> None:
@@ -86,16 +99,12 @@ def _train_and_store(
     fit = trained.fit
     for note in fit.notes:
         run.reporter.warn(f"{title}: {note}")
-    store_head(trained.head, step)
-    write_json(
-        step / "history.json",
-        {"epochs": epochs, "best_epoch": fit.best_epoch, "selected_by": fit.selected_by, "notes": fit.notes},
-    )
-    run.folder.mark_done(step, key, best_epoch=fit.best_epoch, val_auc=fit.best.auc, seconds=round(fit.seconds, 2))
+    store_trained(run.folder, step, key, trained, epochs)
     run.reporter.event("head trained", step=str(step), best_epoch=fit.best_epoch, val_auc=fit.best.auc)
 
 
-def _store_outputs(outputs: Sequence[BagPrediction], path: Path, key: str) -> None:
+def store_outputs(outputs: Sequence[BagPrediction], step: Path, key: str) -> None:
+    """Write outputs.npz into a head's folder."""
     # Not every head gives attention; then all pieces are empty.
     logits = [np.empty(0, np.float32) if o.attention_logits is None else o.attention_logits for o in outputs]
     attention = [np.empty(0, np.float32) if o.attention is None else o.attention for o in outputs]
@@ -108,14 +117,14 @@ def _store_outputs(outputs: Sequence[BagPrediction], path: Path, key: str) -> No
         "attention_logits": np.concatenate(logits),
         "attention": np.concatenate(attention),
     }
-    with atomic_path(path) as scratch:
+    with atomic_path(step / "outputs.npz") as scratch:
         np.savez(scratch, allow_pickle=False, **arrays)
 
 
-def _load_outputs(path: Path, key: str) -> Outputs | None:
-    """Read outputs; None if there are none with this key."""
+def load_outputs(step: Path, key: str) -> Outputs | None:
+    """Read outputs.npz of a head's folder; None if there are none with this key."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with np.load(step / "outputs.npz", allow_pickle=False) as stored:
             if str(stored["key"]) != key:
                 return None
             arrays = {name: stored[name] for name in stored.files}

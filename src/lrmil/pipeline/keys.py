@@ -51,7 +51,11 @@ def stage1_key(run: Run, split: Split, teacher_encoder: Encoder) -> str:
 
 def label_head_key(run: Run, split: Split, encoder: Encoder, name: str) -> str:
     """Return what a head trained on labels alone depends on: the teacher, or the head of a baseline."""
-    features, settings = features_of(run, encoder), label_head_settings(run, name)
+    return head_key(run, split, features_of(run, encoder), name, label_head_settings(run, name))
+
+
+def head_key(run: Run, split: Split, features: dict[str, Any], name: str, settings: TeacherSettings) -> str:
+    """Return what a head trained on labels alone depends on; `features` is of `features_of`."""
     seed = run.settings.seed
     return fingerprint(name, features, settings, seed, split.name, _learned_from(run, split), _labels(run, split))
 
@@ -80,7 +84,9 @@ def outputs_key(run: Run, head_key: str, slides: Collection[str]) -> str:
 def results_key(run: Run) -> str:
     """Return what tables, report and model depend on, as far as it is known before anything is made."""
     s = run.settings
-    settings = s.model_dump(mode="json", exclude={"out", "device", "threads", "memory_gb", "deploy", "targets"})
+    settings = s.model_dump(
+        mode="json", exclude={"out", "device", "threads", "memory_gb", "deploy", "targets", "compare"}
+    )
     table = run.cohort.labelled()
     slides = zip(table["slide_id"], table["patient_id"], table[s.cohort.task], strict=True)
     files = {entry.slide_id: _known_identity(entry) for entry in run.all_entries()}

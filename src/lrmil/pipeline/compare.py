@@ -1,0 +1,198 @@
+"""`lrmil compare`: many methods on the same slides, folds and features, and what their differences are worth."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lrmil.errors import HeadError
+from lrmil.evaluation import Cost, concatenate
+from lrmil.evaluation.comparison import Comparison, compare_report
+from lrmil.evaluation.predictions import Predictions
+from lrmil.mil import create_head, head_cards
+from lrmil.pipeline.config import RunSettings
+from lrmil.pipeline.context import Split
+from lrmil.pipeline.distill import stored_student
+from lrmil.pipeline.evaluate import LRMIL, MAJORITY, TestPredictions, terminal_lines
+from lrmil.pipeline.heads import slide_bag, stored_head
+from lrmil.pipeline.jobs import HeadJob, do_jobs, job_outputs, workers_for
+from lrmil.pipeline.keys import features_of, head_key, outputs_key, results_key
+from lrmil.pipeline.methods import Method, methods_named
+from lrmil.pipeline.reporting import Reporter
+from lrmil.pipeline.run import Outcome, mean_cost
+from lrmil.pipeline.student import lr_only_outputs
+from lrmil.pipeline.study import Study
+from lrmil.pipeline.timing import time_answers
+from lrmil.settings import fingerprint
+from lrmil.training.seeds import derive_seed
+from lrmil.training.stage2 import TeacherSettings
+
+
+def compare(settings: RunSettings, reporter: Reporter) -> Outcome:
+    """Train every method of `settings.compare` on every fold with every seed, score them, and write compare/.
+
+    Whatever is done is kept: a second call trains what is missing, and methods may be added later. `lrmil run` with
+    the same config shares tiles, features, stage 1, teacher and student.
+
+    Raises:
+        ConfigError, CohortError, EncoderError, HeadError: nothing can be done, or a method does not exist. Slides that
+            fail do not raise; see `Outcome`.
+    """
+    methods = methods_named(settings.compare.methods)
+    study = Study.begin(settings, reporter)
+    _require_heads(study, methods)
+    folder = study.run.folder
+    key = fingerprint(results_key(study.run), settings.compare)
+    if folder.done_facts(folder.comparison).get("key") != key:
+        shutil.rmtree(folder.comparison, ignore_errors=True)
+    for stage in ("tile", "encode"):
+        study.do(stage)
+    found: dict[str, list[Predictions]] = {}
+    for each in _studies(study):
+        for method, predictions in _predictions(each, methods).items():
+            found.setdefault(method, []).append(predictions)
+    costs = _measure(study, methods)
+    comparison = compare_report(
+        {title: concatenate(parts) for title, parts in found.items()},
+        reference=LRMIL,
+        dataset=study.run.cohort.name,
+        task=settings.cohort.task,
+        groups={m.title: m.group for m in methods},
+        costs=costs,
+        seed=settings.evaluation.seed,
+        resamples=settings.evaluation.bootstrap,
+    )
+    with reporter.stage("report", "Writing the comparison"):
+        comparison.write(folder.comparison)
+    folder.mark_done(folder.comparison, key)
+    reporter.event("comparison finished", failures=len(study.run.failures))
+    return Outcome(folder, study.run.failures, _summary(comparison, study))
+
+
+def _studies(study: Study) -> list[Study]:
+    """Return the run itself under each seed."""
+    s = study.run.settings
+    return [
+        study if seed == s.seed else study.variant(f"seed_{seed}", s.model_copy(update={"seed": seed}))
+        for seed in s.compare.seeds or [s.seed]
+    ]
+
+
+def _predictions(study: Study, methods: Sequence[Method]) -> dict[str, Predictions]:
+    """Train with one seed; return what each method says about the test slides of every fold."""
+    run, found = study.run, TestPredictions(study.run)
+    sees = {m.sees for m in methods}
+    if "lrmil" in sees:
+        for stage in ("distill", "teacher", "student"):
+            study.do(stage)
+    jobs = {m: _jobs(study, m) for m in methods if m.sees == "hr"}
+    workers = workers_for(run, run.settings.compare.jobs)
+    count = sum(map(len, jobs.values()))
+    if count:
+        with run.reporter.stage("heads", f"Training {count} heads, {workers} at a time, seed {run.settings.seed}"):
+            do_jobs(run, [job for own in jobs.values() for job in own], workers)
+    for method in methods:
+        for number, split in enumerate(study.folds):
+            if method.title == MAJORITY:
+                found.add_majority(split)
+            elif method.sees == "hr":
+                found.add(method.title, split, job_outputs(jobs[method][number]))
+            elif method.sees == "lr":
+                answers = lr_only_outputs(run, split, study.frozen_lr_bags, study.frozen_lr_encoder)
+                found.add(method.title, split, answers)
+            elif method.sees == "lrmil":
+                found.add(method.title, split, study.student(split))
+    return found.all()
+
+
+def _jobs(study: Study, method: Method) -> list[HeadJob]:
+    """Return the training of a head on 20x features, for every fold."""
+    run = study.run
+    features, settings = features_of(run, study.encoder), _settings(study, method)
+    jobs = []
+    for split in study.folds:
+        key = head_key(run, split, features, method.name, settings)
+        train, val, test = (tuple(slide_bag(run, study.hr_bags[s], s) for s in split.of(p)) for p in _PARTS)
+        jobs.append(
+            HeadJob(
+                title=f"{method.title}, {split.title}",
+                step=run.folder.fold(split.name) / "heads" / method.name.replace(":", "_"),
+                key=key,
+                outputs_key=outputs_key(run, key, split.test),
+                settings=settings,
+                num_classes=len(run.cohort.classes),
+                # The seed of teacher and student too: ABMIL is the teacher, bit for bit, if the teacher is an ABMIL.
+                seed=derive_seed(run.settings.seed, split.name, "head"),
+                device=str(run.device),
+                train=train,
+                val=val,
+                test=test,
+            )
+        )
+    return jobs
+
+
+_PARTS = ("train", "val", "test")
+
+
+def _settings(study: Study, method: Method) -> TeacherSettings:
+    """Return how a baseline is trained: like the teacher but for its head, or by its own program's recipe."""
+    s = study.run.settings
+    head = {"name": method.head, "options": _options(s, method)}
+    return TeacherSettings.model_validate(s.teacher.model_dump() | {"head": head, "recipe": s.compare.recipe})
+
+
+def _options(settings: RunSettings, method: Method) -> dict[str, Any]:
+    return {**method.options, **settings.compare.options.get(method.name, {})}
+
+
+def _require_heads(study: Study, methods: Sequence[Method]) -> None:
+    """Build every head once, so that a wrong name or option is told of before anything is computed."""
+    known = {card.name for card in head_cards()}
+    for method in methods:
+        if method.head in known or ":" in method.head:
+            options = _options(study.run.settings, method)
+            create_head(method.head, study.encoder.embed_dim, len(study.run.cohort.classes), **options)
+    unknown = sorted(set(study.run.settings.compare.options) - {m.name for m in methods})
+    if unknown:
+        raise HeadError(
+            f"compare.options speaks of {', '.join(unknown)}, which compare.methods does not list.",
+            fix="Check the spelling, or add the method.",
+        )
+
+
+def _measure(study: Study, methods: Sequence[Method]) -> dict[str, Cost]:
+    """Answer some test slides of the first fold from their files with every method, and take the time."""
+    run, split = study.run, study.folds[0]
+    entries = [run.entry(slide) for slide in split.test][: run.settings.evaluation.timed_slides]
+    timed = [m for m in methods if m.sees != "nothing"]
+    costs: dict[str, Cost] = {}
+    with (
+        run.reporter.stage("time", f"Timing answers of {len(timed)} methods on {len(entries)} slides"),
+        run.reporter.task("methods", len(timed)) as progress,
+    ):
+        for method in timed:
+            costs[method.title] = _cost(study, method, split, entries)
+            progress.advance(note=method.title)
+    return costs
+
+
+def _cost(study: Study, method: Method, split: Split, entries: Sequence[Any]) -> Cost:
+    run = study.run
+    fold = run.folder.fold(split.name)
+    if method.sees == "hr":
+        head = stored_head(fold / "heads" / method.name.replace(":", "_"))
+        return mean_cost(time_answers(run, method.title, entries, study.encoder, head, "hr"))
+    if method.sees == "lr":
+        head = stored_head(fold / "lr_only")
+        return mean_cost(time_answers(run, method.title, entries, study.frozen_lr_encoder, head, "lr"))
+    encoder, head = stored_student(run, split), stored_head(fold / "student")
+    return mean_cost(time_answers(run, method.title, entries, encoder, head, "lr"))
+
+
+def _summary(comparison: Comparison, study: Study) -> list[str]:
+    tables: Mapping[str, Any] = comparison.tables()
+    lines = terminal_lines(comparison.results_table())
+    lines += ["", *terminal_lines(comparison.differences_table())] if len(tables) > 1 else []
+    return [*lines, f"tables and figures: {study.run.folder.comparison}"]

@@ -1,0 +1,119 @@
+"""Heads that do not wait for each other: trained one by one, or several at a time in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from joblib import Parallel, delayed
+
+from lrmil.pipeline.context import Run
+from lrmil.pipeline.heads import Outputs, load_outputs, store_outputs, store_trained, stored_head
+from lrmil.training.stage2 import SlideBag, TeacherSettings, predict_bags, train_teacher
+
+
+@dataclass(frozen=True)
+class HeadJob:
+    """All that training one head on labels takes, so that any process can do it. Same job, same head, wherever."""
+
+    title: str
+    step: Path
+    """Folder of the head"""
+    key: str
+    """What it depends on"""
+    outputs_key: str
+    """What its answers depend on"""
+    settings: TeacherSettings
+    num_classes: int
+    seed: int
+    device: str
+    train: tuple[SlideBag, ...]
+    val: tuple[SlideBag, ...]
+    test: tuple[SlideBag, ...]
+    """What it answers"""
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """What is to be told of a job."""
+
+    title: str
+    notes: tuple[str, ...]
+    best_epoch: int
+    val_auc: float
+
+
+def workers_for(run: Run, wanted: int) -> int:
+    """Return how many heads to train at a time: as many as asked for; if 0, one a core, but one alone on a GPU."""
+    if wanted:
+        return wanted
+    return 1 if run.device.type != "cpu" else os.cpu_count() or 1
+
+
+def do_jobs(run: Run, jobs: Sequence[HeadJob], workers: int) -> None:
+    """Do those that are not done, and tell of them. Bags are shared between processes, not copied to each."""
+    waiting = [
+        job
+        for job in jobs
+        if not run.folder.is_done(job.step, job.key) or load_outputs(job.step, job.outputs_key) is None
+    ]
+    with run.reporter.task("heads", len(waiting)) as progress:
+        for report in _reports(waiting, min(workers, max(1, len(waiting)))):
+            for note in report.notes:
+                run.reporter.warn(f"{report.title}: {note}")
+            run.reporter.event("head trained", head=report.title, best_epoch=report.best_epoch, val_auc=report.val_auc)
+            progress.advance(note=report.title)
+
+
+def job_outputs(job: HeadJob) -> Outputs:
+    """Return what the head of a finished job says about its test slides."""
+    outputs = load_outputs(job.step, job.outputs_key)
+    assert outputs is not None, f"{job.title} was not done"
+    return outputs
+
+
+def do_job(job: HeadJob) -> JobReport:
+    """Train, store and ask one head, as far as that is not done."""
+    from lrmil.pipeline.folder import RunFolder
+
+    folder = RunFolder(job.step)
+    notes: tuple[str, ...] = ()
+    if not folder.is_done(job.step, job.key):
+        folder.begin(job.step)
+        epochs: list[dict[str, object]] = []
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"lrmil\.")
+            trained = train_teacher(
+                job.train,
+                job.val,
+                job.settings,
+                num_classes=job.num_classes,
+                seed=job.seed,
+                device=job.device,
+                on_epoch=epochs.append,
+            )
+        notes = trained.fit.notes
+        store_trained(folder, job.step, job.key, trained, epochs)
+    facts = folder.done_facts(job.step)
+    if load_outputs(job.step, job.outputs_key) is None:
+        store_outputs(predict_bags(stored_head(job.step), job.test, device=job.device), job.step, job.outputs_key)
+    return JobReport(job.title, notes, facts["best_epoch"], facts["val_auc"])
+
+
+def _reports(jobs: Sequence[HeadJob], workers: int) -> Iterator[JobReport]:
+    if workers == 1:
+        yield from map(do_job, jobs)
+        return
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    # Arrays above max_nbytes are written to disk once and mapped by every process.
+    pool = Parallel(n_jobs=workers, return_as="generator_unordered", max_nbytes="256K", mmap_mode="r")
+    yield from pool(delayed(_do_job_with)(threads, job) for job in jobs)
+
+
+def _do_job_with(threads: int, job: HeadJob) -> JobReport:
+    torch.set_num_threads(threads)
+    return do_job(job)
