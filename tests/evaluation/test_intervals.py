@@ -178,7 +178,7 @@ def test_calibration_error_has_no_interval(simulate: Simulate) -> None:
     interval = bootstrap(simulate(np.random.default_rng(0), 40), "ece", seed=0, resamples=50)
     assert np.isfinite(interval.value)
     assert np.isnan(interval.low)
-    assert any("inflates" in n for n in interval.notes)
+    assert any("biases" in n for n in interval.notes)
 
 
 def test_seeds_that_deal_other_folds_still_resample_whole_patients(simulate: Simulate) -> None:

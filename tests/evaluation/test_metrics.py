@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from sklearn import metrics as reference
 
 from lrmil.errors import ConfigError
-from lrmil.evaluation import METRICS, Predictions, fold_scores, majority_class, score
-from lrmil.evaluation.metrics import metric, weighted_calibration_error
+from lrmil.evaluation import Predictions, fold_scores, majority_class, score
+from lrmil.evaluation.metrics import metric, metrics_of, weighted_calibration_error
 
 Case = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
 
@@ -55,7 +55,7 @@ def test_every_metric_equals_scikit_learn(case: Case) -> None:
 def test_whole_weights_mean_repeated_slides(case: Case, seed: int) -> None:
     labels, p = case
     weights = np.random.default_rng(seed).integers(0, 4, size=(3, len(labels)))
-    for m in METRICS.values():
+    for m in metrics_of("classification"):
         values = m.function(labels, p, weights.astype(np.float64))
         for row, value in zip(weights, values, strict=True):
             index = np.repeat(np.arange(len(labels)), row)

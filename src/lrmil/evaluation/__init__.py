@@ -7,8 +7,10 @@ from lrmil.evaluation.comparison import Comparison, compare_report, write_joint_
 from lrmil.evaluation.intervals import Interval, bootstrap, paired_bootstrap
 from lrmil.evaluation.metrics import METRICS, fold_scores, majority_class, score
 from lrmil.evaluation.paired import compare_methods, delong, delong_test, holm, permutation_test
-from lrmil.evaluation.predictions import Predictions, concatenate
+from lrmil.evaluation.predictions import Predictions
+from lrmil.evaluation.scored import Scored, concatenate
 from lrmil.evaluation.tables import Cost, TextTable, read_results, result_row, results_frame, text_table, write_results
+from lrmil.evaluation.values import Values, read_predictions, training_mean
 
 __all__ = [
     "METRICS",
@@ -16,7 +18,9 @@ __all__ = [
     "Cost",
     "Interval",
     "Predictions",
+    "Scored",
     "TextTable",
+    "Values",
     "bootstrap",
     "compare_methods",
     "compare_report",
@@ -28,11 +32,13 @@ __all__ = [
     "majority_class",
     "paired_bootstrap",
     "permutation_test",
+    "read_predictions",
     "read_results",
     "result_row",
     "results_frame",
     "score",
     "text_table",
+    "training_mean",
     "write_joint_tables",
     "write_results",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +18,17 @@ import pandas as pd
 
 from lrmil.errors import ConfigError
 from lrmil.evaluation.intervals import RESAMPLES, check_paired
-from lrmil.evaluation.metrics import fold_scores, reliability_bins
+from lrmil.evaluation.metrics import SHOWN, fold_scores, reliability_bins
 from lrmil.evaluation.paired import PERMUTATIONS, compare_methods, holm
 from lrmil.evaluation.predictions import Predictions
+from lrmil.evaluation.scored import Scored
+from lrmil.evaluation.survival import Thresholds, log_rank, risk_groups
 from lrmil.evaluation.table_formats import to_latex, to_markdown
 from lrmil.evaluation.tables import (
     Cost,
     TextTable,
     differences_table,
+    p_value_text,
     paper_frame,
     paper_table,
     result_row,
@@ -35,6 +38,7 @@ from lrmil.evaluation.tables import (
     times_frame,
     write_results,
 )
+from lrmil.evaluation.values import Values
 from lrmil.files import write_text
 
 BASELINE_GROUPS = ("Full HR", "SC")
@@ -42,8 +46,6 @@ BASELINE_GROUPS = ("Full HR", "SC")
 OTHER = "Other"
 """Group of methods for which none is given"""
 
-_SHOWN = ("acc", "balanced_acc", "auc")
-_TESTED = ("acc", "balanced_acc", "auc")
 _CALIBRATION = ("brier", "ece")
 
 
@@ -67,13 +69,19 @@ class Comparison:
     folds: pd.DataFrame
     """Tidy: method, group, then `metrics.fold_scores`"""
     calibration: pd.DataFrame
-    """Like `results`, with the metrics that say how far stated probabilities can be believed"""
+    """Like `results`, with the metrics that say how far stated probabilities can be believed; empty without classes"""
     reliability: pd.DataFrame
-    """Tidy: method, then `metrics.reliability_bins`"""
+    """Tidy: method, then `metrics.reliability_bins`; empty without classes"""
+    risk: pd.DataFrame
+    """Survival: a row for each method whose thresholds were given: patients and events at high and low risk, log-rank
+    statistic and p; empty otherwise"""
     times: pd.DataFrame
     """See `tables.times_frame`; empty if no cost is known"""
-    predictions: Mapping[str, Predictions] = field(repr=False)
+    predictions: Mapping[str, Scored] = field(repr=False)
     groups: Mapping[str, str] = field(repr=False)
+    thresholds: Mapping[str, Thresholds] = field(repr=False)
+    """For each method, the median risk in the training split of each fold; empty if not survival"""
+    seed: int
 
     @property
     def title(self) -> str:
@@ -117,6 +125,28 @@ class Comparison:
         ]
         return TextTable.of(f"{self.title}, time", ["Method", *(_heading(c) for c in kept)], rows)
 
+    def risk_table(self) -> TextTable | None:
+        """Survival of the patients at high and low risk; None if there are no thresholds."""
+        if self.risk.empty:
+            return None
+        header = ["Method", "High risk: events / patients", "Low risk: events / patients", "Log-rank χ²", "p"]
+        rows = [
+            [
+                row["method"],
+                f"{row['high_events']} / {row['high_patients']}",
+                f"{row['low_events']} / {row['low_patients']}",
+                f"{row['statistic']:.2f}" if np.isfinite(row["statistic"]) else "–",
+                p_value_text(row["p_value"]),
+            ]
+            for row in self.risk.to_dict("records")
+        ]
+        table = TextTable.of(f"{self.title}, survival of risk groups", header, rows)
+        notes = [f"{row['method']}: {row['reason']}." for row in self.risk.to_dict("records") if row["reason"]]
+        lead = (
+            "Groups are divided at the median risk of each fold's training patients. Log-rank over all test patients."
+        )
+        return replace(table, notes=(lead, *notes))
+
     def tables(self) -> dict[str, TextTable]:
         """Every table that has something to say, by the name of its files."""
         found = {
@@ -126,6 +156,7 @@ class Comparison:
             "differences": self.differences_table(),
             "calibration": self.calibration_table(),
             "times": self.times_table(),
+            "risk": self.risk_table(),
         }
         return {name: table for name, table in found.items() if table is not None}
 
@@ -144,6 +175,7 @@ class Comparison:
             "calibration": self.calibration,
             "reliability": self.reliability,
             "times": self.times,
+            "risk": self.risk,
         }
         written: list[Path] = []
         for name, frame in frames.items():
@@ -170,7 +202,7 @@ class Comparison:
 
 
 def compare_report(
-    predictions: Mapping[str, Predictions],
+    predictions: Mapping[str, Scored],
     *,
     reference: str,
     dataset: str,
@@ -181,11 +213,12 @@ def compare_report(
     resamples: int = RESAMPLES,
     permutations: int = PERMUTATIONS,
     baselines: Collection[str] | None = None,
+    thresholds: Mapping[str, Thresholds] | None = None,
 ) -> Comparison:
     """Score every method, and every method against the reference, on the same slides and folds.
 
     Args:
-        predictions: of each method, all folds and seeds.
+        predictions: of each method, all folds and seeds: all `Predictions`, or all `Values` of one kind.
         reference: the method that the others are compared with, usually LRMIL.
         dataset: name of the cohort.
         task: what is predicted.
@@ -196,6 +229,8 @@ def compare_report(
         permutations: of the test.
         baselines: methods whose tests share Holm's correction; None: those of `BASELINE_GROUPS`, and if there are none,
             every other method.
+        thresholds: survival only: for each method whose risk groups shall be shown, the median risk in the training
+            split of each fold.
 
     Raises:
         ConfigError: the reference or a baseline is not among the methods, or methods differ in slides, folds, patients,
@@ -235,34 +270,38 @@ def compare_report(
             ]
         )
 
-    results = rows(_SHOWN)
+    shown = SHOWN[ours.kind]
+    results = rows(shown)
     by_patient = not ours.one_slide_per_patient() and len(ours.mixed_patients()) < len(np.unique(ours.patient_ids))
     tested = [
-        compare_methods(ours, others, name, seed=seed, resamples=resamples, permutations=permutations)
-        for name in _TESTED
+        compare_methods(ours, others, name, seed=seed, resamples=resamples, permutations=permutations) for name in shown
     ]
     order = {method: i for i, method in enumerate(results["method"])}
     differences = pd.concat([_holm_over(frame, family) for frame in tested], ignore_index=True)
     differences = differences.sort_values("method", key=lambda m: m.map(order), kind="stable", ignore_index=True)
     differences = differences.sort_values(
-        "metric", key=lambda m: m.map({n: i for i, n in enumerate(_TESTED)}), kind="stable", ignore_index=True
+        "metric", key=lambda m: m.map({n: i for i, n in enumerate(shown)}), kind="stable", ignore_index=True
     )
     folds = [fold_scores(predictions[m]).assign(method=m, group=group_of[m]) for m in order]
-    bins = [reliability_bins(predictions[m]).assign(method=m) for m in order]
+    ordered = {m: predictions[m] for m in order}
+    bins = [reliability_bins(p).assign(method=m) for m, p in ordered.items() if isinstance(p, Predictions)]
     return Comparison(
         dataset=dataset,
         task=task,
         reference=reference,
         baselines=tuple(m for m in order if m in family),
         results=results,
-        patients=rows(_SHOWN, "patient") if by_patient else results.iloc[:0],
+        patients=rows(shown, "patient") if by_patient else results.iloc[:0],
         differences=differences,
         folds=_first(pd.concat(folds, ignore_index=True), ["method", "group"]),
-        calibration=rows(_CALIBRATION),
-        reliability=_first(pd.concat(bins, ignore_index=True), ["method"]),
+        calibration=rows(_CALIBRATION) if bins else results.iloc[:0],
+        reliability=_first(pd.concat(bins, ignore_index=True), ["method"]) if bins else pd.DataFrame(),
+        risk=_risk(ordered, thresholds or {}),
         times=times_frame({m: costs[m] for m in order if m in costs}, group_of, int(results["slides"].max())),
-        predictions={m: predictions[m] for m in order},
+        predictions=ordered,
         groups=group_of,
+        thresholds=dict(thresholds or {}),
+        seed=seed,
     )
 
 
@@ -284,7 +323,7 @@ def file_name(method: str) -> str:
 
 
 def _family(
-    others: Mapping[str, Predictions], group_of: Mapping[str, str], baselines: Collection[str] | None
+    others: Mapping[str, Scored], group_of: Mapping[str, str], baselines: Collection[str] | None
 ) -> frozenset[str]:
     if baselines is None:
         return frozenset(m for m in others if group_of[m] in BASELINE_GROUPS) or frozenset(others)
@@ -292,6 +331,24 @@ def _family(
     if strangers:
         raise ConfigError(f"no predictions of the baselines {', '.join(strangers)}.", fix="Run them, or name others.")
     return frozenset(baselines)
+
+
+def _risk(predictions: Mapping[str, Scored], thresholds: Mapping[str, Thresholds]) -> pd.DataFrame:
+    rows = []
+    for method, limits in thresholds.items():
+        values = predictions.get(method)
+        if not isinstance(values, Values):
+            raise ConfigError(
+                f"thresholds of risk for {method}, which has no predictions of survival.",
+                fix="Give thresholds for methods of survival only.",
+            )
+        patients, high = risk_groups(values, limits)
+        test = log_rank(patients.time, patients.event, high)
+        row: dict[str, object] = {"method": method}
+        for name, inside in (("high", high), ("low", ~high)):
+            row |= {f"{name}_patients": int(inside.sum()), f"{name}_events": int(patients.event[inside].sum())}
+        rows.append(row | {"statistic": test.statistic, "p_value": test.p_value, "reason": test.reason})
+    return pd.DataFrame(rows)
 
 
 def _holm_over(differences: pd.DataFrame, family: Collection[str]) -> pd.DataFrame:
@@ -315,9 +372,9 @@ def _heading(column: str) -> str:
     return known.get(column) or f"{column.removesuffix('_s')} (s)"
 
 
-def _prediction_files(folder: Path, predictions: Mapping[str, Predictions]) -> dict[Path, Predictions]:
+def _prediction_files(folder: Path, predictions: Mapping[str, Scored]) -> dict[Path, Scored]:
     """A file for each method; names that would be the same file are told apart by a number."""
-    files: dict[Path, Predictions] = {}
+    files: dict[Path, Scored] = {}
     for method, found in predictions.items():
         name, path, number = file_name(method), folder / f"{file_name(method)}.csv", 1
         while path in files:
@@ -329,7 +386,7 @@ def _prediction_files(folder: Path, predictions: Mapping[str, Predictions]) -> d
 
 def _remove_others(root: Path, written: Sequence[Path]) -> None:
     """Delete what an earlier comparison left here under names that only `write` gives."""
-    tables = ("results", "paper", "patients", "differences", "folds", "calibration", "reliability", "times")
+    tables = ("results", "paper", "patients", "differences", "folds", "calibration", "reliability", "times", "risk")
     mine = [root / f"{name}.{suffix}" for name in tables for suffix in ("csv", "md", "tex")]
     mine += [*root.glob("predictions/*.csv"), *root.glob("figure_*.png")]
     for path in mine:

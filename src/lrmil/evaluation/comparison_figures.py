@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lrmil.evaluation.comparison import Comparison
-from lrmil.evaluation.metrics import metric
+from lrmil.evaluation.comparison import Comparison, file_name
+from lrmil.evaluation.metrics import MAIN, metric
 from lrmil.evaluation.plots import (
     GROUP_STYLE,
     PURPLE,
@@ -21,11 +21,16 @@ from lrmil.evaluation.plots import (
     set_title,
     style_axes,
 )
-from lrmil.evaluation.tables import p_value_text, signed
+from lrmil.evaluation.predictions import Predictions
+from lrmil.evaluation.regression_plots import predicted_against_true
+from lrmil.evaluation.survival_plots import survival_of_risk_groups
+from lrmil.evaluation.tables import metric_text, p_value_text
+from lrmil.evaluation.values import Values
 
 
 def comparison_figures(comparison: Comparison) -> dict[str, Figure]:
-    """Every figure of a comparison, by the name of its file: forests, metric against seconds, ROC and reliability.
+    """Every figure of a comparison, by the name of its file: forests, metric against seconds, and what the kind of task
+    has besides: ROC and reliability; predicted against true; survival of risk groups, where thresholds were given.
 
     ROC curves and reliability show the reference and the best of each other group (by AUC), since more lines cannot be
     told apart; what is only a scale (group "Reference") is left out.
@@ -38,15 +43,33 @@ def comparison_figures(comparison: Comparison) -> dict[str, Figure]:
             found[f"figure_differences_{name}"] = difference_forest(
                 part, comparison.groups, reference=comparison.reference, title=comparison.title
             )
-    main = "auc"
+    ours = comparison.predictions[comparison.reference]
+    main = MAIN[ours.kind]
     if results[main].notna().any() and results["seconds_per_slide"].notna().any():
         found[f"figure_{main}_against_seconds"] = metric_against_seconds(results, main, comparison.title)
+    if isinstance(ours, Values) and ours.kind == "regression":
+        title = f"{comparison.title}, {comparison.reference}"
+        found["figure_predicted_against_true"] = predicted_against_true(ours, seed=comparison.seed, title=title)
+    for method, limits in comparison.thresholds.items():
+        values = comparison.predictions[method]
+        if isinstance(values, Values):
+            title = f"{comparison.title}, {method}"
+            found[f"figure_survival_{file_name(method)}"] = survival_of_risk_groups(values, limits, title=title)
+    if ours.kind == "classification":
+        found |= _class_figures(comparison, main)
+    return found
+
+
+def _class_figures(comparison: Comparison, main: str) -> dict[str, Figure]:
+    results = comparison.results
     others = results[(results["method"] != comparison.reference) & (results["group"] != "Reference")]
     best = others.sort_values(main, ascending=False, kind="stable").drop_duplicates("group").sort_index()
-    shown = {m: comparison.predictions[m] for m in [comparison.reference, *best["method"]]}
-    found["figure_roc"] = roc_curves(shown, comparison.title)
-    found["figure_reliability"] = reliability(shown, comparison.title)
-    return found
+    found = {m: comparison.predictions[m] for m in [comparison.reference, *best["method"]]}
+    shown = {method: p for method, p in found.items() if isinstance(p, Predictions)}
+    return {
+        "figure_roc": roc_curves(shown, comparison.title),
+        "figure_reliability": reliability(shown, comparison.title),
+    }
 
 
 def difference_forest(
@@ -65,7 +88,7 @@ def difference_forest(
     """
     (name,) = set(differences["metric"])
     of = metric(name)
-    factor, digits = (100.0, 1) if of.percent else (1.0, 3)
+    factor = 100.0 if of.percent else 1.0
     rows = differences.to_dict("records")
     figure = new_figure(6.8, 1.4 + 0.3 * len(rows))
     ax = figure.subplots()
@@ -88,9 +111,10 @@ def difference_forest(
         corrected = math.isfinite(row["p_holm"])
         clear = corrected and row["p_holm"] < 0.05
         ax.plot([value], [y], marker, color=colour, mfc=colour if clear else "white", ms=7, mew=1.4, zorder=3)
-        ends = f" [{signed(low, digits)}, {signed(high, digits)}]" if math.isfinite(low) else ""
+        shown = [metric_text(row[k], name, sign=True) for k in ("difference", "low", "high")]
+        ends = f" [{shown[1]}, {shown[2]}]" if math.isfinite(low) else ""
         p = row["p_holm"] if corrected else row["p_permutation"]
-        text = f"{signed(value, digits)}{ends}   p {p_value_text(p)}{'' if corrected else ' (uncorrected)'}"
+        text = f"{shown[0]}{ends}   p {p_value_text(p)}{'' if corrected else ' (uncorrected)'}"
         ax.annotate(text, (1.02, y), **beside, annotation_clip=False)
     ax.set_yticks(range(len(rows)), [str(row["method"]) for row in reversed(rows)], fontsize=8)
     ax.tick_params(axis="y", length=0)

@@ -5,13 +5,15 @@ different models and are never pooled. The interval answers "what if other patie
 models?". It does not hold the variation of training on other patients, which the sd over folds and seeds hints at; the
 folds share training patients, so that sd is no basis for a test.
 
-Patients are drawn within strata of fold and label, because the folds were dealt that way: each resample keeps the class
-sizes of each fold. Strata are small (a test fold may hold five positives), where the ordinary bootstrap understates
-variance by (n - 1) / n; drawing n - 1 of n and weighting them by n / (n - 1) removes this bias (Rao and Wu 1988).
+Patients are drawn within strata of fold and label (survival: whether the event was seen; numbers: the fold only),
+because the folds were dealt that way: each resample keeps the class sizes of each fold. Strata are small (a test fold
+may hold five positives), where the ordinary bootstrap understates variance by (n - 1) / n; drawing n - 1 of n and
+weighting them by n / (n - 1) removes this bias (Rao and Wu 1988).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +21,7 @@ import numpy.typing as npt
 
 from lrmil.errors import ConfigError
 from lrmil.evaluation.metrics import Metric, metric, undefined_reason
-from lrmil.evaluation.predictions import FloatArray, IntArray, Predictions
+from lrmil.evaluation.scored import FloatArray, IntArray, Scored
 
 RESAMPLES = 2000
 _CHUNK_VALUES = 4_000_000
@@ -61,13 +63,13 @@ class PatientResamples:
 
 
 def resample_patients(
-    predictions: Predictions, resamples: int, seed: int, *, stratify: bool = True, rescale: bool = True
+    predictions: Scored, resamples: int, seed: int, *, stratify: bool = True, rescale: bool = True
 ) -> PatientResamples:
     """Draw whole patients with replacement, within strata.
 
     Args:
-        predictions: whose patients, folds and labels define the strata. Where seeds deal the patients into different
-            folds, strata are labels only.
+        predictions: whose patients, folds and `Scored.strata` (labels, events) define the strata. Where seeds deal
+            the patients into different folds, strata are labels only.
         resamples: B.
         seed: of the random generator.
         stratify: by fold and label; False: by fold only.
@@ -75,8 +77,9 @@ def resample_patients(
     """
     patients, row_patient = np.unique(predictions.patient_ids.astype(str), return_inverse=True)
     # A patient with slides of several labels belongs to the one it has most of (the lowest if equal).
-    votes = np.zeros((len(patients), predictions.num_classes))
-    np.add.at(votes, (row_patient, predictions.labels), 1.0)
+    kinds, row_kind = np.unique(predictions.strata, return_inverse=True)
+    votes = np.zeros((len(patients), len(kinds)))
+    np.add.at(votes, (row_patient, row_kind), 1.0)
     label = votes.argmax(axis=1)
     first_fold = np.full(len(patients), np.iinfo(np.int64).max)
     last_fold = np.full(len(patients), np.iinfo(np.int64).min)
@@ -101,44 +104,60 @@ def resample_patients(
 
 
 def fold_average(
-    predictions: Predictions, of: Metric, patients: PatientResamples | None = None
+    predictions: Scored, of: Metric, patients: PatientResamples | None = None, without: Collection[int] = ()
 ) -> tuple[FloatArray, tuple[str, ...]]:
     """Metric within each fold and seed, averaged over seeds, then over folds, for every resample.
 
     Folds in which the metric is undefined on the real data (a class is absent) are left out and named in the notes; a
     resample in which another fold becomes undefined is nan.
 
+    Args:
+        predictions: of all folds and seeds.
+        of: the metric.
+        patients: the resamples; None for the plain value.
+        without: folds to leave out, see `unlike_folds`.
+
     Returns:
         values (B,), or (1,) without resamples; notes.
     """
     count = 1 if patients is None else len(patients.weights)
     by_fold: dict[int, list[FloatArray]] = {}
-    notes: dict[str, None] = {}
+    left_out: dict[str, dict[int, None]] = {}
     for fold, _, rows in predictions.cells():
-        labels, probabilities = predictions.labels[rows], predictions.probabilities[rows]
-        reason = undefined_reason(of.name, labels, predictions.class_names)
+        part = predictions.take(rows)
+        reason = undefined_reason(of.name, part)
         if reason is not None:
-            notes[f"fold {fold} left out: {reason}"] = None
+            left_out.setdefault(reason, {})[fold] = None
+            continue
+        if fold in without:
             continue
         if patients is None:
-            values = of.function(labels, probabilities, np.ones((1, len(rows))))
+            values = of.function(part.truth, part.answers, np.ones((1, len(rows))))
         else:
             step = max(1, _CHUNK_VALUES // len(rows))
-            ids = predictions.patient_ids[rows]
+            ids = part.patient_ids
             values = np.concatenate(
                 [
-                    of.function(labels, probabilities, patients.for_rows(ids, slice(start, start + step)))
+                    of.function(part.truth, part.answers, patients.for_rows(ids, slice(start, start + step)))
                     for start in range(0, count, step)
                 ]
             )
         by_fold.setdefault(fold, []).append(values)
+    total = len(np.unique(predictions.folds))
+    notes = tuple(f"{_folds_text(list(folds), total)} left out: {reason}" for reason, folds in left_out.items())
     if not by_fold:
-        return np.full(count, np.nan), tuple(notes)
-    return np.mean([np.mean(seeds, axis=0) for seeds in by_fold.values()], axis=0), tuple(notes)
+        return np.full(count, np.nan), notes
+    return np.mean([np.mean(seeds, axis=0) for seeds in by_fold.values()], axis=0), notes
+
+
+def _folds_text(folds: list[int], total: int) -> str:
+    if len(folds) == total > 1:
+        return "every fold"
+    return ("folds " if len(folds) > 1 else "fold ") + ", ".join(map(str, folds))
 
 
 def bootstrap(
-    predictions: Predictions,
+    predictions: Scored,
     name: str,
     *,
     seed: int,
@@ -156,8 +175,8 @@ def bootstrap(
 
 
 def paired_bootstrap(
-    first: Predictions,
-    second: Predictions,
+    first: Scored,
+    second: Scored,
     name: str,
     *,
     seed: int,
@@ -176,16 +195,30 @@ def paired_bootstrap(
     check_paired(first, second)
     of = metric(name)
     drawn = resample_patients(first, resamples, seed, stratify=stratify, rescale=rescale)
-    (point_a, notes), (point_b, _) = fold_average(first, of), fold_average(second, of)
-    values = fold_average(first, of, drawn)[0] - fold_average(second, of, drawn)[0]
+    without = unlike_folds(first, second, name)
+    (point_a, notes), (point_b, others) = (fold_average(p, of, None, without) for p in (first, second))
+    notes = tuple(dict.fromkeys((*notes, *others)))
+    values = fold_average(first, of, drawn, without)[0] - fold_average(second, of, drawn, without)[0]
     return _percentile(float(point_a[0] - point_b[0]), values, level, drawn, notes, of)
 
 
-def check_paired(first: Predictions, second: Predictions) -> None:
-    """Raise `ConfigError` unless both score the same slides, in the same folds, with the same labels and patients."""
-    if first.class_names != second.class_names:
+def unlike_folds(first: Scored, second: Scored, name: str) -> frozenset[int]:
+    """Folds in which a metric is undefined for one of two methods only: neither may count there.
+
+    It is so where a metric needs answers that vary. What the truth makes undefined, is so for both.
+    """
+    undefined: list[set[int]] = []
+    for predictions in (first, second):
+        cells = predictions.cells()
+        undefined.append({f for f, _, rows in cells if undefined_reason(name, predictions.take(rows)) is not None})
+    return frozenset(undefined[0] | undefined[1] if undefined[0] != undefined[1] else ())
+
+
+def check_paired(first: Scored, second: Scored) -> None:
+    """Raise `ConfigError` unless both score the same slides, in the same folds, with the same truth and patients."""
+    if (first.kind, first.meaning) != (second.kind, second.meaning):
         raise ConfigError(
-            f"classes {list(first.class_names)} and {list(second.class_names)} cannot be compared.",
+            f"{_task(first)} and {_task(second)} cannot be compared.",
             fix="Compare methods trained on one task.",
         )
     one, other = _design(first), _design(second)
@@ -198,9 +231,14 @@ def check_paired(first: Predictions, second: Predictions) -> None:
         )
 
 
-def _design(predictions: Predictions) -> set[tuple[int, str, str, int]]:
-    columns = (predictions.folds, predictions.slide_ids, predictions.patient_ids, predictions.labels)
-    return {(int(f), str(s), str(p), int(y)) for f, s, p, y in zip(*columns, strict=True)}
+def _task(predictions: Scored) -> str:
+    return f"{predictions.kind} of {', '.join(predictions.meaning)}"
+
+
+def _design(predictions: Scored) -> set[tuple[int, str, str, tuple[float, ...]]]:
+    truth = predictions.truth.reshape(len(predictions), -1).tolist()
+    columns = (predictions.folds, predictions.slide_ids, predictions.patient_ids, truth)
+    return {(int(f), str(s), str(p), tuple(y)) for f, s, p, y in zip(*columns, strict=True)}
 
 
 def _percentile(
@@ -210,23 +248,25 @@ def _percentile(
     extra: list[str] = []
     if len(defined) < len(values) and np.isfinite(point):
         extra.append(
-            f"{len(values) - len(defined)} of {len(values)} resamples lack a class in some fold and are left out"
+            f"{len(values) - len(defined)} of {len(values)} resamples have no value in some fold and are left out"
         )
     if drawn.frozen_strata:
         extra.append(
-            f"interval too narrow: {drawn.frozen_strata} of its strata (a class within a fold) hold a single patient"
+            f"interval too narrow: {drawn.frozen_strata} of its strata (one label within a fold) hold a single patient"
         )
     low = high = float("nan")
-    if not of.resamples_fairly:
-        extra.append(f"{of.title} has no interval: resampling inflates it")
+    if of.interval == "none":
+        extra.append(f"{of.title} has no interval: resampling biases it")
     elif np.isfinite(point) and len(defined) and drawn.weights.std() > 0:
         tail = (1 - level) / 2
         low, high = (float(q) for q in np.quantile(defined, [tail, 1 - tail]))
+        if of.interval == "basic":
+            low, high = 2 * point - high, 2 * point - low
         if low == high:
             extra.append("interval without width: every resample gives the same value, which is no certainty")
     return Interval(point, low, high, level, len(defined), len(drawn.patients), (*notes, *extra))
 
 
-def seeds_of(predictions: Predictions) -> IntArray:
+def seeds_of(predictions: Scored) -> IntArray:
     """The seeds, sorted."""
     return np.unique(predictions.seeds)

@@ -1,8 +1,9 @@
-"""Metrics of class probabilities. Each takes weights, so that resampling patients is a matrix product, not a loop.
+"""Every metric by its name, and those of class probabilities. Resampling patients is a matrix product, not a loop.
 
-Every metric has one implementation, `f(labels (n,), probabilities (n, C), weights (B, n)) -> (B,)`: row b of the
-weights says how often each slide counts in resample b; all ones gives the plain metric. What cannot be computed is nan,
-with a reason beside it, and never 0 or 1.
+Every metric has one implementation, `f(truth (n, ...), answers (n, ...), weights (B, n)) -> (B,)`: row b of the weights
+says how often each slide counts in resample b; all ones gives the plain metric. What cannot be computed is nan, with a
+reason beside it, and never 0, 1/2 or 1. Those of numbers are in `regression_metrics`, of survival in
+`survival_metrics`.
 
 Accuracy is plain accuracy of the argmax. AUC is that of P(class 1) for two classes and the one-vs-rest mean over
 classes for more (as the LRMIL paper and its code report). No threshold is chosen on test data.
@@ -12,16 +13,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from lrmil.errors import ConfigError
-from lrmil.evaluation.predictions import FloatArray, IntArray, Predictions
+from lrmil.evaluation.predictions import Predictions
+from lrmil.evaluation.regression_metrics import (
+    weighted_mae,
+    weighted_pearson,
+    weighted_r2,
+    weighted_rmse,
+    weighted_spearman,
+)
+from lrmil.evaluation.scored import FloatArray, IntArray, Scored
+from lrmil.evaluation.survival_metrics import undefined_c_index, weighted_c_index
+from lrmil.tasks import TaskKind
 
 WeightedMetric = Callable[[npt.NDArray[Any], FloatArray, FloatArray], FloatArray]
+IntervalForm = Literal["percentile", "basic", "none"]
+Exchange = Literal["as_is", "ranks", "standardised"]
 
 CALIBRATION_BINS = 10
 
@@ -114,20 +127,26 @@ class Metric:
     title: str
     """Heading for people"""
     function: WeightedMetric
+    kind: TaskKind = "classification"
+    """Of the tasks that it is for"""
     higher_is_better: bool = True
-    of_ranks: bool = False
-    """True if only the order of the scores within a fold matters"""
+    exchange: Exchange = "as_is"
+    """What of the answers two methods may trade, since the metric sees no more: their ranks within a fold, their
+    standardised values, or the answers as they are"""
     percent: bool = True
     """True if tables print it times 100, as the paper does"""
-    resamples_fairly: bool = True
-    """False if the metric of a resample is biased, so that a bootstrap interval would mislead"""
+    in_unit: bool = False
+    """True if it has the unit of the target, so that its size says nothing about how many decimals to print"""
+    interval: IntervalForm = "percentile"
+    """How its interval is read off the resamples: their percentiles; "basic", these mirrored at the value, for metrics
+    whose resamples are off to one side; "none" for those that are so far off that any interval would mislead"""
 
 
 METRICS: dict[str, Metric] = {
     m.name: m
     for m in (
         Metric("acc", "Accuracy", weighted_accuracy),
-        Metric("auc", "AUC", weighted_auc, of_ranks=True),
+        Metric("auc", "AUC", weighted_auc, exchange="ranks"),
         Metric("balanced_acc", "Balanced accuracy", weighted_balanced_accuracy),
         Metric("f1", "Weighted F1", weighted_f1),
         Metric("brier", "Brier score", weighted_brier, higher_is_better=False, percent=False),
@@ -137,10 +156,35 @@ METRICS: dict[str, Metric] = {
             weighted_calibration_error,
             higher_is_better=False,
             percent=False,
-            resamples_fairly=False,
+            interval="none",
         ),
+        Metric("mae", "MAE", weighted_mae, "regression", higher_is_better=False, percent=False, in_unit=True),
+        Metric(
+            "rmse",
+            "RMSE",
+            weighted_rmse,
+            "regression",
+            higher_is_better=False,
+            percent=False,
+            in_unit=True,
+            interval="basic",
+        ),
+        # The spread of the targets in a resample of a small fold is far below that of the fold: no interval covers.
+        Metric("r2", "R²", weighted_r2, "regression", percent=False, interval="none"),
+        Metric("pearson", "Pearson r", weighted_pearson, "regression", exchange="standardised", percent=False),
+        Metric("spearman", "Spearman ρ", weighted_spearman, "regression", exchange="ranks", percent=False),
+        Metric("c_index", "C-index", weighted_c_index, "survival", exchange="ranks", percent=False),
     )
 }
+
+SHOWN: dict[TaskKind, tuple[str, ...]] = {
+    "classification": ("acc", "balanced_acc", "auc"),
+    "regression": ("mae", "rmse", "r2", "pearson", "spearman"),
+    "survival": ("c_index",),
+}
+"""Metrics of the tables and tests of a comparison"""
+MAIN: dict[TaskKind, str] = {"classification": "auc", "regression": "mae", "survival": "c_index"}
+"""The metric of headlines and plots"""
 
 
 def metric(name: str) -> Metric:
@@ -154,10 +198,37 @@ def metric(name: str) -> Metric:
     return METRICS[name]
 
 
-def undefined_reason(name: str, labels: IntArray, class_names: Sequence[str]) -> str | None:
-    """Say why a metric has no value on these labels, or None if it has one. Only the AUC can be undefined."""
-    if not METRICS[name].of_ranks:
+def metrics_of(kind: TaskKind) -> tuple[Metric, ...]:
+    """Return the metrics that a kind of task has."""
+    return tuple(m for m in METRICS.values() if m.kind == kind)
+
+
+def undefined_reason(name: str, part: Scored) -> str | None:
+    """Say why a metric has no value on these slides (of one fold and seed), or None if it has one.
+
+    Raises:
+        ConfigError: the metric is for tasks of another kind.
+    """
+    of = metric(name)
+    if of.kind != part.kind:
+        fitting = ", ".join(m.name for m in metrics_of(part.kind))
+        raise ConfigError(f"{of.title} is no metric of {part.kind}.", fix=f"Choose from: {fitting}.")
+    if isinstance(part, Predictions):
+        return _without_class(part.labels, part.class_names) if name == "auc" else None
+    if name == "c_index":
+        return undefined_c_index(part.truth, part.answers)
+    if name in ("mae", "rmse"):
         return None
+    if len(part) < 2:
+        return f"{of.title} undefined: one slide does not vary"
+    if len(np.unique(part.truth)) < 2:
+        return f"{of.title} undefined: the target is the same for all {len(part)} scored"
+    if name != "r2" and len(np.unique(part.answers)) < 2:
+        return f"{of.title} undefined: the prediction is the same for all {len(part)} scored"
+    return None
+
+
+def _without_class(labels: IntArray, class_names: Sequence[str]) -> str | None:
     missing = [class_names[c] for c in range(len(class_names)) if not (labels == c).any()]
     if not missing:
         return None
@@ -194,12 +265,13 @@ class Scores:
 
 
 def score(labels: npt.ArrayLike, probabilities: npt.ArrayLike, class_names: Sequence[str]) -> Scores:
-    """Compute every metric on one set of slides. Never call it on scores pooled over folds."""
+    """Compute every metric of classes on one set of slides. Never call it on scores pooled over folds."""
     y = np.asarray(labels, dtype=np.int64)
     p = np.asarray(probabilities, dtype=np.float64)
     one = np.ones((1, len(y)))
-    values = {name: float(m.function(y, p, one)[0]) for name, m in METRICS.items()}
-    reasons = {name: r for name in METRICS if (r := undefined_reason(name, y, class_names)) is not None}
+    values = {m.name: float(m.function(y, p, one)[0]) for m in metrics_of("classification")}
+    without = _without_class(y, class_names)
+    reasons = {} if without is None else {"auc": without}
     confusion = weighted_confusion(y, p, one)[0]
     per_class = []
     for c, name in enumerate(class_names):
@@ -217,11 +289,11 @@ def score(labels: npt.ArrayLike, probabilities: npt.ArrayLike, class_names: Sequ
     return Scores(values, reasons, tuple(per_class), np.rint(confusion).astype(np.int64), len(y))
 
 
-def fold_scores(predictions: Predictions) -> pd.DataFrame:
+def fold_scores(predictions: Scored) -> pd.DataFrame:
     """Tidy table, a row for each fold, seed, level ("slide", "patient") and metric: value, count, reason if undefined.
 
     Patient level is left out where every patient has one slide, since it would repeat the slide level, and where no
-    patient has one label, since there is none to compare with.
+    patient has one truth, since there is none to compare with.
     """
     levels = {"slide": predictions}
     unmixed = set(predictions.patient_ids) - set(predictions.mixed_patients())
@@ -230,10 +302,13 @@ def fold_scores(predictions: Predictions) -> pd.DataFrame:
     rows = []
     for level, at_level in levels.items():
         for fold, seed, index in at_level.cells():
-            scores = score(at_level.labels[index], at_level.probabilities[index], at_level.class_names)
-            for name, value in scores.values.items():
-                where = {"fold": fold, "seed": seed, "level": level, "metric": name}
-                rows.append({**where, "value": value, "count": scores.count, "reason": scores.reasons.get(name, "")})
+            part = at_level.take(index)
+            for m in metrics_of(part.kind):
+                reason = undefined_reason(m.name, part)
+                # What has a reason has no value, even where rounding would give one.
+                value = float("nan") if reason else float(m.function(part.truth, part.answers, _once(part))[0])
+                where = {"fold": fold, "seed": seed, "level": level, "metric": m.name}
+                rows.append({**where, "value": value, "count": len(part), "reason": reason or ""})
     return pd.DataFrame(rows)
 
 
@@ -276,6 +351,10 @@ def majority_class(train_labels: npt.ArrayLike, test: Predictions) -> Prediction
         folds=test.folds,
         seeds=test.seeds,
     )
+
+
+def _once(part: Scored) -> FloatArray:
+    return np.ones((1, len(part)))
 
 
 def _mean(values: FloatArray, weights: FloatArray) -> FloatArray:

@@ -16,9 +16,10 @@ import pandas as pd
 from scipy import stats
 
 from lrmil.errors import ConfigError
-from lrmil.evaluation.intervals import RESAMPLES, check_paired, paired_bootstrap, seeds_of
-from lrmil.evaluation.metrics import metric, undefined_reason
-from lrmil.evaluation.predictions import FloatArray, Predictions
+from lrmil.evaluation.intervals import RESAMPLES, check_paired, paired_bootstrap, seeds_of, unlike_folds
+from lrmil.evaluation.metrics import Metric, metric, undefined_reason
+from lrmil.evaluation.predictions import Predictions
+from lrmil.evaluation.scored import AnyScored, FloatArray, Scored
 
 PERMUTATIONS = 10_000
 _CHUNK_VALUES = 4_000_000
@@ -36,14 +37,15 @@ class TestResult:
 
 
 def permutation_test(
-    first: Predictions, second: Predictions, name: str, *, seed: int, permutations: int = PERMUTATIONS
+    first: Scored, second: Scored, name: str, *, seed: int, permutations: int = PERMUTATIONS
 ) -> TestResult:
     """Two-sided test of metric(first) - metric(second) = 0, averaged over seeds and folds.
 
     Under the null the two methods are interchangeable: for each patient, with probability 1/2, the predictions of the
-    two methods for all slides (and seeds) of that patient trade places. For the AUC the scores are first replaced by
-    their ranks within fold and method, which leaves each AUC as it is and makes methods of different calibration
-    interchangeable. p = (1 + number at least as extreme) / (1 + permutations).
+    two methods for all slides (and seeds) of that patient trade places. For AUC, C-index and rank correlation the
+    answers are first replaced by their ranks within fold and method (for the linear correlation, standardised), which
+    leaves each metric as it is and makes methods of different calibration interchangeable. p = (1 + number at least as
+    extreme) / (1 + permutations), where a permutation without a value counts as extreme.
 
     Raises:
         ConfigError: the two differ in slides, folds or number of seeds.
@@ -55,26 +57,27 @@ def permutation_test(
     rng = np.random.default_rng(seed)
     swapped = np.vstack([np.zeros((1, len(patients))), rng.integers(0, 2, size=(permutations, len(patients)))])
     by_fold: dict[int, list[FloatArray]] = {}
+    without = unlike_folds(first, second, name)
     for a, b in pairs:
         for fold in np.unique(a.folds):
             rows_a, rows_b = (p.take(p.folds == fold) for p in (a, b))
-            if undefined_reason(name, rows_a.labels, a.class_names) is not None:
+            if fold in without or undefined_reason(name, rows_a) is not None:
                 continue
-            scores = [_midranks(p.probabilities) if of.of_ranks else p.probabilities for p in (rows_a, rows_b)]
             # Both methods' rows below each other: weight 1 on the rows that a (permuted) method owns, 0 on the others.
-            labels, stacked = np.tile(rows_a.labels, 2), np.vstack(scores)
+            truth = np.concatenate([rows_a.truth, rows_b.truth])
+            stacked = np.concatenate([_exchangeable(p.answers, of) for p in (rows_a, rows_b)])
             column = np.searchsorted(patients, rows_a.patient_ids.astype(str))
             step = max(1, _CHUNK_VALUES // len(stacked))
             differences = []
             for start in range(0, len(swapped), step):
                 swap = swapped[start : start + step][:, column]
                 owned = np.hstack([1 - swap, swap])
-                differences.append(of.function(labels, stacked, owned) - of.function(labels, stacked, 1 - owned))
+                differences.append(of.function(truth, stacked, owned) - of.function(truth, stacked, 1 - owned))
             by_fold.setdefault(int(fold), []).append(np.concatenate(differences))
     if not by_fold:
         return TestResult(float("nan"), float("nan"), "undefined in every fold")
     values = np.mean([np.mean(seeds, axis=0) for seeds in by_fold.values()], axis=0)
-    extreme = np.abs(values[1:]) >= abs(values[0]) - 1e-12
+    extreme = ~(np.abs(values[1:]) < abs(values[0]) - 1e-12)
     return TestResult(float(values[0]), float((1 + extreme.sum()) / (1 + permutations)))
 
 
@@ -139,7 +142,7 @@ def delong_test(first: Predictions, second: Predictions, *, level: float = 0.95)
         labels = inside[0][0].labels
         if any(len(a) != len(labels) or (a.slide_ids != inside[0][0].slide_ids).any() for a, _ in inside):
             return _no_delong("seeds deal the slides into different folds")
-        if undefined_reason("auc", labels, first.class_names) is not None:
+        if undefined_reason("auc", inside[0][0]) is not None:
             continue
         a_scores, b_scores = ([pair[i].probabilities[:, 1] for pair in inside] for i in (0, 1))
         folds.append(_fold_components(labels == 1, a_scores, b_scores))
@@ -163,8 +166,8 @@ def holm(p_values: npt.ArrayLike) -> FloatArray:
 
 
 def compare_methods(
-    ours: Predictions,
-    others: Mapping[str, Predictions],
+    ours: Scored,
+    others: Mapping[str, Scored],
     name: str,
     *,
     seed: int,
@@ -180,7 +183,9 @@ def compare_methods(
     for method, other in others.items():
         interval = paired_bootstrap(ours, other, name, seed=seed, resamples=resamples)
         test = permutation_test(ours, other, name, seed=seed, permutations=permutations)
-        parametric = delong_test(ours, other) if name == "auc" else _no_delong("")
+        parametric = _no_delong("")
+        if name == "auc" and isinstance(ours, Predictions) and isinstance(other, Predictions):
+            parametric = delong_test(ours, other)
         notes = [*interval.notes, *(n for n in (test.reason, parametric.reason) if n)]
         rows.append(
             {
@@ -242,7 +247,7 @@ def _no_delong(reason: str) -> DeLong:
     return DeLong(nan, nan, nan, nan, nan, nan, nan, reason)
 
 
-def _pair_seeds(first: Predictions, second: Predictions) -> list[tuple[Predictions, Predictions]]:
+def _pair_seeds(first: AnyScored, second: AnyScored) -> list[tuple[AnyScored, AnyScored]]:
     """The n-th seed of one method with the n-th of the other, rows of both sorted by fold and slide."""
     seeds_a, seeds_b = seeds_of(first), seeds_of(second)
     if len(seeds_a) != len(seeds_b):
@@ -258,9 +263,14 @@ def _pair_seeds(first: Predictions, second: Predictions) -> list[tuple[Predictio
     return pairs
 
 
-def _sorted(predictions: Predictions) -> Predictions:
+def _sorted(predictions: AnyScored) -> AnyScored:
     return predictions.take(np.lexsort((predictions.slide_ids.astype(str), predictions.folds)))
 
 
-def _midranks(probabilities: FloatArray) -> FloatArray:
-    return np.asarray(stats.rankdata(probabilities, axis=0), dtype=np.float64)
+def _exchangeable(answers: FloatArray, of: Metric) -> FloatArray:
+    """What of the answers of one method in one fold may trade places with those of another."""
+    if of.exchange == "ranks":
+        return np.asarray(stats.rankdata(answers, axis=0), dtype=np.float64)
+    if of.exchange == "standardised":
+        return (answers - answers.mean(axis=0)) / answers.std(axis=0)
+    return answers

@@ -23,7 +23,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox, ScaledTranslation
 
 from lrmil.evaluation.metrics import metric, reliability_bins, score, weighted_confusion
-from lrmil.evaluation.predictions import FloatArray, Predictions
+from lrmil.evaluation.predictions import Predictions
+from lrmil.evaluation.scored import FloatArray
 from lrmil.files import atomic_path
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (

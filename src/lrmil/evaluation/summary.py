@@ -9,7 +9,7 @@ import pandas as pd
 
 from lrmil.evaluation.intervals import Interval
 from lrmil.evaluation.metrics import metric
-from lrmil.evaluation.tables import signed, three_digits
+from lrmil.evaluation.tables import metric_text, three_digits
 
 
 def headline(
@@ -82,26 +82,25 @@ def standard_limits(*, patients: int, folds: int, seeds: int, simulated: bool, f
 
 
 def _verdict(interval: Interval, name: str, other: str) -> str:
-    factor, digits, unit = (100, 1, " points") if metric(name).percent else (1, 3, "")
-    ends = f"{signed(factor * interval.low, digits)} to {signed(factor * interval.high, digits)}"
+    unit = " points" if metric(name).percent else ""
+    ends = f"{metric_text(interval.low, name, sign=True)} to {metric_text(interval.high, name, sign=True)}"
     where = f"{100 * interval.level:g} % interval of the difference {ends}{unit}"
     if not interval.excludes_zero():
         return f"not distinguishable from {other} on this cohort ({where})"
     better = (interval.value > 0) == metric(name).higher_is_better
-    size = f"{abs(factor * interval.value):.{digits}f}{unit}"
+    size = f"{metric_text(abs(interval.value), name)}{unit}"
     return f"{size} {'better' if better else 'worse'} than {other} ({where})"
 
 
 def _number(value: float, name: str) -> str:
-    return f"{100 * value:.1f} %" if metric(name).percent else f"{value:.3f}"
+    return metric_text(value, name) + (" %" if metric(name).percent else "")
 
 
 def _ends(row: dict[Any, Any], name: str) -> str:
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     if not math.isfinite(low):
         return ""
-    factor, digits = (100, 1) if metric(name).percent else (1, 3)
-    return f" (95 % interval {factor * low:.{digits}f} to {factor * high:.{digits}f})"
+    return f" (95 % interval {metric_text(low, name)} to {metric_text(high, name)})"
 
 
 def _known(row: dict[Any, Any] | None, name: str) -> bool:

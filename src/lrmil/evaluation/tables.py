@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 
 from lrmil.evaluation.intervals import RESAMPLES, bootstrap
-from lrmil.evaluation.metrics import METRICS, fold_scores, metric
-from lrmil.evaluation.predictions import Predictions
+from lrmil.evaluation.metrics import METRICS, SHOWN, fold_scores, metric
+from lrmil.evaluation.scored import Scored
 from lrmil.files import atomic_path
 
 GROUP_ORDER = ("Reference", "Full HR", "SC", "LR only", "Ours")
@@ -55,14 +55,14 @@ class Cost:
 
 
 def result_row(
-    predictions: Predictions,
+    predictions: Scored,
     *,
     dataset: str,
     task: str,
     method: str,
     group: str,
     seed: int,
-    metrics: Sequence[str] = ("acc", "auc"),
+    metrics: Sequence[str] | None = None,
     cost: Cost | None = None,
     level: str = "slide",
     resamples: int = RESAMPLES,
@@ -76,11 +76,13 @@ def result_row(
         method: name of the method.
         group: a block of the table, see GROUP_ORDER.
         seed: of the bootstrap.
-        metrics: names out of METRICS.
+        metrics: names out of METRICS; None: the paper's for classes, all of its kind for numbers and survival.
         cost: measured cost; unknown (nan) if None.
         level: "slide", or "patient" for the mean probability over a patient's slides.
         resamples: of the bootstrap.
     """
+    if metrics is None:
+        metrics = PAPER_METRICS if predictions.kind == "classification" else SHOWN[predictions.kind]
     at_level = predictions.by_patient() if level == "patient" else predictions
     cost = cost or Cost()
     slides = len(np.unique(predictions.slide_ids.astype(str)))
@@ -143,10 +145,21 @@ def read_results(path: str | os.PathLike[str]) -> pd.DataFrame:
     return frame.astype(dict.fromkeys(whole, int) | dict.fromkeys(numbers, float))
 
 
+def paper_metrics(results: pd.DataFrame) -> list[str]:
+    """The metrics that the paper prints, or all where it has none: it leaves numbers and survival for later."""
+    return [m for m in metrics_in(results) if m in PAPER_METRICS] or metrics_in(results)
+
+
 def paper_frame(results: pd.DataFrame) -> pd.DataFrame:
-    """The paper's columns and units: dataset, task, method, group, acc and auc in percent, time_s; one decimal."""
-    out = results[[*_KEYS, "acc", "auc", "time_s"]].copy()
-    out["acc"], out["auc"] = (100 * results["acc"]).round(1), (100 * results["auc"]).round(1)
+    """The paper's columns and units: dataset, task, method, group, acc and auc in percent, time_s; one decimal.
+
+    Tasks of other kinds have their own metrics in place of the two, unrounded.
+    """
+    names = paper_metrics(results)
+    out = results[[*_KEYS, *names, "time_s"]].copy()
+    for name in names:
+        if metric(name).percent:
+            out[name] = (100 * results[name]).round(1)
     return out
 
 
@@ -155,9 +168,14 @@ def paper_table(results: pd.DataFrame, title: str = "") -> TextTable:
 
     Without sd and interval, as there; `text_table` has them. Several datasets and tasks stand side by side.
     """
-    kept = [m for m in metrics_in(results) if m in PAPER_METRICS]
     table = text_table(
-        results, title=title, metrics=kept, show_sd=False, show_interval=False, show_cost=False, show_total=True
+        results,
+        title=title,
+        metrics=paper_metrics(results),
+        show_sd=False,
+        show_interval=False,
+        show_cost=False,
+        show_total=True,
     )
     return replace(table, notes=(*table.notes, "Time: seconds of all slides of the cohort together, tissue to answer."))
 
@@ -288,22 +306,35 @@ def _metric_cell(row: dict[Any, Any] | None, name: str, show_sd: bool, show_inte
         return "–"
     if not math.isfinite(row[name]):
         return "undefined"
-    text = _number(row[name], name)
+    text = metric_text(row[name], name)
     if show_sd and math.isfinite(row[f"{name}_sd"]):
-        text += f" ± {_number(row[f'{name}_sd'], name)}"
+        text += f" ± {metric_text(row[f'{name}_sd'], name)}"
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     if show_interval and math.isfinite(low):
-        text += f" [{_number(low, name)}, {_number(high, name)}]"
+        text += f" [{metric_text(low, name)}, {metric_text(high, name)}]"
     return text
 
 
-def _number(value: float, name: str) -> str:
-    return f"{100 * value:.1f}" if metric(name).percent else f"{value:.3f}"
+def metric_text(value: float, name: str, *, sign: bool = False) -> str:
+    """A value, or with `sign` a difference, of a metric as tables print it: percent, three decimals, or three digits.
+
+    A true minus; a dash if undefined.
+    """
+    if not math.isfinite(value):
+        return "–"
+    of = metric(name)
+    if of.in_unit:
+        text = ("+" if sign and value >= 0 else "") + three_digits(value)
+    else:
+        text = f"{100 * value if of.percent else value:{'+' if sign else ''}.{1 if of.percent else 3}f}"
+    return text.replace("-", "−")
 
 
 def _shown(row: dict[Any, Any] | None, name: str) -> float:
     """The value as printed, so that equal print is equally marked; nan if there is none."""
-    return float("nan") if row is None or not math.isfinite(row[name]) else float(_number(row[name], name))
+    if row is None or not math.isfinite(row[name]):
+        return float("nan")
+    return float(metric_text(row[name], name).replace("−", "-").replace(",", ""))
 
 
 def _best(values: list[float], higher: bool) -> list[bool]:
@@ -322,31 +353,27 @@ def _cost_cell(row: dict[Any, Any] | None, key: str) -> str:
 
 def differences_table(differences: pd.DataFrame, title: str = "") -> TextTable:
     """Lay out what `paired.compare_methods` returned: difference with its interval, and the tests."""
+    parametric = "auc" in set(differences["metric"])
     rows = []
     for row in differences.to_dict("records"):
-        percent = metric(row["metric"]).percent
-        factor, digits = (100, 1) if percent else (1, 3)
-        numbers = [signed(factor * row[k], digits) for k in ("difference", "low", "high")]
+        of = metric(row["metric"])
+        numbers = [metric_text(row[k], of.name, sign=True) for k in ("difference", "low", "high")]
         text = "undefined" if numbers[0] == "–" else numbers[0]
         if numbers[1] != "–":
             text += f" [{numbers[1]}, {numbers[2]}]"
-        tests = [p_value_text(row[k]) for k in ("p_permutation", "p_holm", "p_delong")]
-        rows.append([row["method"], metric(row["metric"]).title, text, *tests])
-    header = ["Against", "Metric", "Difference [95 % interval]", "p, permutation", "p, Holm", "p, DeLong"]
+        tests = [p_value_text(row[k]) for k in ("p_permutation", "p_holm", "p_delong")[: 3 if parametric else 2]]
+        rows.append([row["method"], of.title + ("" if of.higher_is_better else " (lower is better)"), text, *tests])
+    header = ["Against", "Metric", "Difference [95 % interval]", "p, permutation", "p, Holm"]
+    header += ["p, DeLong"] if parametric else []
     table = TextTable.of(title, header, rows)
     noted = differences[differences["note"] != ""]
     notes = [f"{row['method']}: {row['note']}." for row in noted.to_dict("records")]
     lead = (
         "Paired over the same patients: bootstrap interval; permutations swap whole patients between the methods; "
-        "Holm over the baselines, for each metric by itself (a dash: no baseline); DeLong within folds, for two "
-        "classes and one slide per patient."
+        "Holm over the baselines, for each metric by itself (a dash: no baseline)"
     )
+    lead += "; DeLong within folds, for two classes and one slide per patient." if parametric else "."
     return replace(table, notes=(lead, *notes))
-
-
-def signed(value: float, digits: int) -> str:
-    """Write with a sign, and a true minus; a dash if undefined."""
-    return f"{value:+.{digits}f}".replace("-", "−") if math.isfinite(value) else "–"
 
 
 def p_value_text(value: float) -> str:
@@ -360,8 +387,8 @@ def three_digits(value: float) -> str:
     """Three significant digits without an exponent: 0.0123, 1.23, 12.3, 123, 1,230."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
-    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
     rounded = round(value, 2 - math.floor(math.log10(abs(value))))
+    decimals = max(0, 2 - math.floor(math.log10(abs(rounded))))
     return f"{rounded:,.{min(decimals, 6)}f}"
 
 
