@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from lrmil._version import __version__
-from lrmil.cli import cohorts, exchange, inspect, predict, run
+from lrmil.cli import cohorts, exchange, inspect, labels, predict, run
 from lrmil.errors import LrmilError, SlideError
 
 
@@ -64,6 +64,7 @@ def _root(
 run.register(app)
 predict.register(app)
 cohorts.register(app)
+labels.register(app)
 inspect.register(app)
 exchange.register(app)
 

@@ -111,8 +111,8 @@ def survival_columns(patients: Mapping[str, Patient], account: Account) -> pd.Da
         elif time is None:
             what = "day of death" if found.status == "dead" else "follow-up"
             account.leave_empty(f"patients: time and event, since they are {found.status} without a {what}", name)
-        elif time < 0:
-            account.leave_empty("patients: time and event, since the days are negative", name)
+        elif time <= 0:
+            account.leave_empty("patients: time and event, since the days are not positive", name)
             time = None
         event = None if time is None or found.status is None else int(found.status == "dead")
         rows[name] = (found.status, None if event is None else f"{time:.10g}", event)
