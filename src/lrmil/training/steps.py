@@ -122,7 +122,9 @@ class HeadStep:
         if self.distil:
             total, terms = self.distil(total, output, index)
         (total if count == 1 else total / count).backward()
-        scalars = {"loss": total, self.objective.loss_name: losses[MAIN], **terms, **output.losses}
+        scalars = {"loss": total, self.objective.loss_name: losses[MAIN], **terms}
+        # DSMIL calls one of its terms "bag", as Eq. (6) does.
+        scalars |= {f"own_{name}" if name in scalars else name: value for name, value in output.losses.items()}
         return {name: value.detach() for name, value in scalars.items()}
 
     def _streams(self, output: HeadOutput) -> dict[str, Tensor]:

@@ -45,17 +45,17 @@ _NO_MASKS = Support("refused", "its masks and its losses are defined by class pr
 
 
 def _bins(what: str) -> Support:
-    return Support("bins", f"the instance loss takes {what} for classes")
+    return Support("bins", f"the instance loss takes {what}")
 
 
-_NUMBER = "quantile bins of the number"
-_TIME = "quantile bins of the events' times (no instance loss for a slide whose bin is not known, being censored)"
 _CLAM: dict[Meaning, Support] = {
     "classification": _AS_IT_IS,
-    "regression": _bins(_NUMBER),
-    "cox": _bins(_TIME),
+    "regression": _bins("quantile bins of the number for classes"),
+    "cox": _bins(
+        "quantile bins of the events' times for classes (none for a slide whose bin is not known, being censored)"
+    ),
     "hazards": _bins(
-        "the intervals of time (no instance loss for a slide whose interval is not known, being censored)"
+        "the intervals of time for classes (none for a slide whose interval is not known, being censored)"
     ),
 }
 MATRIX: dict[str, dict[Meaning, Support]] = {
