@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from lrmil.bags import Bag, read_bag
 from lrmil.files import atomic_path, read_json, write_json, write_tensors
 from lrmil.mil import MILHead, create_head
+from lrmil.mil.base import Head
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.folder import RunFolder
 from lrmil.pipeline.keys import outputs_key
@@ -58,7 +59,7 @@ def read_bags(paths: Mapping[str, Path]) -> dict[str, Bag]:
     return {slide_id: read_bag(path, layers=()) for slide_id, path in paths.items()}
 
 
-def store_head(head: MILHead, folder: Path) -> None:
+def store_head(head: Head, folder: Path) -> None:
     """Write head.safetensors and head.json."""
     write_json(folder / "head.json", head.describe())
     write_tensors(folder / "head.safetensors", head.state_dict())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +38,8 @@ class SlideCost:
     patches_read: int
     patches_encoded: int
     bytes_read: int | None
+    scales: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """of methods that choose their patches: `ScaleCost` by scale, thumbnails beside the scales"""
 
 
 def time_answers(
@@ -48,15 +50,28 @@ def time_answers(
     What was measured is kept in seconds.json, and measured again only where slides, settings, machine, encoder
     or head are others. Their weights take no part in it: they do not change how long an answer takes.
     """
+    key = fingerprint(timing_key(run, entries, encoder), head.describe(), resolution)
+
+    def answer(entry: SlideEntry) -> SlideCost:
+        return _answer(run, entry, encoder.to(run.device), head.to(run.device), resolution)
+
+    return kept_costs(run, method, key, entries, answer)
+
+
+def kept_costs(
+    run: Run, method: str, key: str, entries: Sequence[SlideEntry], answer: Callable[[SlideEntry], SlideCost]
+) -> list[SlideCost]:
+    """Return the costs in seconds.json under `method`, if they have that key; else answer each slide, and keep them.
+
+    The first slide is answered once more before, to warm up.
+    """
     if not entries:
         return []
     path = run.folder.seconds
     known = _read(path)
-    key = _key(run, entries, encoder, head, resolution)
     if known.get(method, {}).get("key") != key:
-        encoder, head = encoder.to(run.device), head.to(run.device)
-        _answer(run, entries[0], encoder, head, resolution)
-        costs = [_answer(run, entry, encoder, head, resolution) for entry in entries]
+        answer(entries[0])
+        costs = [answer(entry) for entry in entries]
         known[method] = {"key": key, "slides": [asdict(cost) for cost in costs]}
         write_json(path, known)
     return [SlideCost(**cost) for cost in known[method]["slides"]]
@@ -77,13 +92,13 @@ def _read(path: Path) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def _key(run: Run, entries: Sequence[SlideEntry], encoder: Encoder, head: MILHead, resolution: Resolution) -> str:
+def timing_key(run: Run, entries: Sequence[SlideEntry], encoder: Encoder) -> str:
+    """Return what seconds depend on: slides, settings, machine, and the encoder but for its weights."""
     architecture = encoder.describe()
     del architecture["weights_sha256"]
     tiles = {entry.slide_id: tile_key(run, entry) for entry in entries}
     s = run.settings.encoder
-    reading = (s.precision, s.stream_batch, s.batch_size)
-    return fingerprint(tiles, architecture, head.describe(), resolution, reading, machine(run))
+    return fingerprint(tiles, architecture, (s.precision, s.stream_batch, s.batch_size), machine(run))
 
 
 def _answer(run: Run, entry: SlideEntry, encoder: Encoder, head: MILHead, resolution: Resolution) -> SlideCost:

@@ -1,0 +1,177 @@
+"""The methods that choose their patches: trained on a fold, asked about slides, and timed on slide files."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lrmil.encoders import Encoder
+from lrmil.files import write_json
+from lrmil.inference.prepare import prepare_slide
+from lrmil.inference.scales import THUMBNAIL, SlideScales
+from lrmil.inference.selective import answer_slide
+from lrmil.mil import MultiScaleHead, PatchSource
+from lrmil.pipeline.context import Run, SlideEntry, Split
+from lrmil.pipeline.heads import Outputs, load_outputs, store_head, store_outputs, stored_head
+from lrmil.pipeline.keys import features_of, head_key, outputs_key
+from lrmil.pipeline.reporting import without_python_warnings
+from lrmil.pipeline.timing import SlideCost, kept_costs, timing_key
+from lrmil.settings import fingerprint
+from lrmil.slides import io_counter
+from lrmil.training.multi_scale import SlideSource, predict_scales, train_scales
+from lrmil.training.seeds import derive_seed
+from lrmil.training.stage2 import TeacherSettings
+
+
+def selective_outputs(
+    run: Run,
+    split: Split,
+    sources: Mapping[str, PatchSource],
+    method: str,
+    settings: TeacherSettings,
+    encoder: Encoder,
+    *,
+    title: str = "",
+    slides: Collection[str] | None = None,
+) -> Outputs:
+    """Return what a selective head says about `slides`; train it on the fold first unless that is done.
+
+    Into folds/<fold>/heads/<method>/ go head.safetensors, head.json and history.json, then done.json; and outputs.npz,
+    with a key of its own. The seed is that of the teacher and of the other heads. It is trained in all its steps, see
+    `train_scales`, and if that is cut short begins with the first again.
+
+    Args:
+        run: the run.
+        split: the fold; training and validation slides alone are looked at while it is trained.
+        sources: by slide id, of `scale_sources`, for all slides of the fold and all of `slides`.
+        method: name of the folder, and what distinguishes it from other heads.
+        settings: head (zoommil or hdmil) with options, recipe and its numbers.
+        encoder: what made the features.
+        title: for the progress bar; default `method`.
+        slides: default the test slides of the fold.
+
+    Raises:
+        ConfigError, CorruptBag, HeadError, TrainingError: see `train_scales`.
+    """
+    step = run.folder.fold(split.name) / "heads" / method
+    key = head_key(run, split, features_of(run, encoder), method, settings)
+    if not run.folder.is_done(step, key):
+        run.folder.begin(step)
+        train, val = (_slides(run, split.of(part), sources) for part in ("train", "val"))
+        epochs: list[dict[str, Any]] = []
+        title = f"{title or method}, {split.title}"
+        with run.reporter.task(title, 0) as progress, without_python_warnings():
+
+            def on_epoch(record: dict[str, Any]) -> None:
+                epochs.append(record)
+                progress.advance(note=f"{record['step']}, epoch {record['epoch']}, val loss {record['val_loss']:.3f}")
+
+            trained = train_scales(
+                train,
+                val,
+                settings,
+                num_classes=len(run.cohort.classes),
+                seed=derive_seed(run.settings.seed, split.name, "head"),
+                device=run.device,
+                on_epoch=on_epoch,
+            )
+        for name, fit in trained.fits.items():
+            for note in fit.notes:
+                run.reporter.warn(f"{title}, step {name}: {note}")
+        store_head(trained.head, step)
+        steps = {
+            name: {"best_epoch": fit.best_epoch, "selected_by": fit.selected_by, "notes": fit.notes}
+            for name, fit in trained.fits.items()
+        }
+        write_json(step / "history.json", {"epochs": epochs, "steps": steps, **list(steps.values())[-1]})
+        best = {"best_epoch": trained.fit.best_epoch, "val_auc": trained.fit.best.auc}
+        run.folder.mark_done(step, key, **best, seconds=round(sum(f.seconds for f in trained.fits.values()), 2))
+        run.reporter.event("head trained", head=title, **best)
+    asked = split.test if slides is None else slides
+    wanted = outputs_key(run, key, asked)
+    outputs = load_outputs(step, wanted)
+    if outputs is None:
+        predictions = predict_scales(stored_selective_head(run, split, method), _slides(run, asked, sources))
+        store_outputs(predictions, step, wanted)
+        outputs = {p.slide_id: p for p in predictions}
+    return outputs
+
+
+def stored_selective_head(run: Run, split: Split, method: str) -> MultiScaleHead:
+    """Return the head that `selective_outputs` left for a fold; eval mode, on the run's device."""
+    head: Any = stored_head(run.folder.fold(split.name) / "heads" / method)
+    assert isinstance(head, MultiScaleHead)
+    return head.to(run.device)
+
+
+def time_selective(
+    run: Run, method: str, entries: Sequence[SlideEntry], encoder: Encoder, head: MultiScaleHead
+) -> list[SlideCost]:
+    """Answer each slide from its file, reading and encoding what the head chooses, and time it; see `time_answers`.
+
+    No feature file is looked at. What was measured is kept in seconds.json under `method`, until slides, settings,
+    machine, encoder or head are others, here with their weights: on those it depends how many patches are chosen.
+
+    Returns:
+        A cost for each slide. `patches_read` and `patches_encoded` are sums over scales, thumbnails apart; these are in
+        `scales`, too, with reads, pixels, bytes and seconds of each scale.
+    """
+    weights = [encoder.weights_sha256, _checksum(head)]
+    key = fingerprint(timing_key(run, entries, encoder), head.describe(), weights)
+
+    def answer(entry: SlideEntry) -> SlideCost:
+        return answer_entry(run, entry, encoder.to(run.device), head.to(run.device))
+
+    return kept_costs(run, method, key, entries, answer)
+
+
+def answer_entry(run: Run, entry: SlideEntry, encoder: Encoder, head: MultiScaleHead) -> SlideCost:
+    """Answer one slide from its file, once; return what it took."""
+    s = run.settings
+    began, bytes_before = time.perf_counter(), io_counter()
+    with entry.open() as slide:
+        prepared = prepare_slide(slide, s.grid, s.tissue, s.tiles)
+        source = SlideScales(
+            slide,
+            prepared.grid,
+            encoder,
+            head.scales,
+            batch_size=s.encoder.stream_batch,
+            forward_batch=s.encoder.batch_size,
+            threads=s.threads,
+            precision=s.encoder.precision,
+            max_unreadable=s.tiles.max_unreadable,
+        )
+        answer = answer_slide(head, source)
+    ended, bytes_after = time.perf_counter(), io_counter()
+    known = prepared.seconds + answer.encoding_s + answer.mil_s
+    scales = {name: cost for name, cost in answer.costs.items() if name != THUMBNAIL}
+    return SlideCost(
+        slide_id=entry.slide_id,
+        tissue_s=prepared.seconds,
+        reading_s=max(0.0, ended - began - known),
+        encoding_s=answer.encoding_s,
+        mil_s=answer.mil_s,
+        total_s=ended - began,
+        patches_read=sum(cost.patches_read for cost in scales.values()),
+        patches_encoded=sum(cost.patches_encoded for cost in scales.values()),
+        bytes_read=None if bytes_before is None or bytes_after is None else bytes_after - bytes_before,
+        scales={name: cost.as_json() for name, cost in answer.costs.items()},
+    )
+
+
+def _slides(run: Run, slides: Collection[str], sources: Mapping[str, PatchSource]) -> list[SlideSource]:
+    return [SlideSource(slide, sources[slide], run.cohort.label_of(slide)) for slide in slides]
+
+
+def _checksum(head: MultiScaleHead) -> str:
+    """SHA-256 of all weights."""
+    total = hashlib.sha256()
+    for name, value in sorted(head.state_dict().items()):
+        total.update(name.encode())
+        total.update(np.ascontiguousarray(value.cpu().numpy()).tobytes())
+    return total.hexdigest()
