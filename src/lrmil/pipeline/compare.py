@@ -86,7 +86,7 @@ def _predictions(study: Study, methods: Sequence[Method]) -> dict[str, Predictio
     if "lrmil" in sees:
         for stage in ("distill", "teacher", "student"):
             study.do(stage)
-    jobs = {m: _jobs(study, m) for m in methods if m.sees == "hr"}
+    jobs = {m.name: _jobs(study, m) for m in methods if m.sees == "hr"}
     workers = workers_for(run, run.settings.compare.jobs)
     count = sum(map(len, jobs.values()))
     if count:
@@ -97,7 +97,7 @@ def _predictions(study: Study, methods: Sequence[Method]) -> dict[str, Predictio
             if method.title == MAJORITY:
                 found.add_majority(split)
             elif method.sees == "hr":
-                found.add(method.title, split, job_outputs(jobs[method][number]))
+                found.add(method.title, split, job_outputs(jobs[method.name][number]))
             elif method.sees == "lr":
                 answers = lr_only_outputs(run, split, study.frozen_lr_bags, study.frozen_lr_encoder)
                 found.add(method.title, split, answers)
