@@ -272,6 +272,11 @@ def test_readouts() -> None:
     assert one.survival.shape == (1,)
     cox = Readout(meaning="cox").read(head, torch.tensor([1.25]))
     assert float(cox.value) == 1.25
+    # Equal edges: one time, behind the empty interval.
+    tied = Readout(meaning="hazards", edges=(5.0, 5.0, 9.0))
+    curve = tied.read(head, torch.arange(4.0)).survival
+    assert tied.times == (5.0, 9.0)
+    np.testing.assert_allclose(curve, survival_curve(torch.arange(4.0).double())[1:3])
     # A higher hazard anywhere is a higher risk.
     higher = Readout(meaning="hazards", edges=(12.0,)).read(head, logits + torch.tensor([0.5, 0.0]))
     assert (higher.value > hazards.value).all()

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from lrmil.distill import Stage2LossSettings
 from lrmil.errors import ConfigError, HeadError
 from lrmil.mil import HeadSettings, head_cards, registry
 from lrmil.mil.recipe import Recipe
 from lrmil.training import stage2
-from lrmil.training.objectives import Cox
+from lrmil.training.objectives import Classification, Cox, Hazards
 from lrmil.training.recipes import training_recipe
 from lrmil.training.stage2 import (
     SlideBag,
@@ -25,6 +26,7 @@ from lrmil.training.stage2 import (
     teacher_signal,
     train_student,
     train_teacher,
+    trainable_pair,
 )
 
 D = 5
@@ -171,3 +173,51 @@ def test_a_student_is_taught_by_an_original_recipe(own_recipe: Any) -> None:
     assert student.fit.selected_by == "last"
     assert student.fit.best_epoch == 3
     assert {"train_bag", "train_soft", "train_hard"} <= student.fit.history[0].keys()
+
+
+def test_what_cannot_be_trained_is_found_before_anything_is() -> None:
+    def pair(teacher: str = "abmil", student: str = "abmil", objective: Any = None, **loss: Any) -> Any:
+        return trainable_pair(
+            TeacherSettings(head=HeadSettings(name=teacher)),
+            StudentSettings(head=HeadSettings(name=student), loss=Stage2LossSettings(**loss)),
+            objective or Classification(2),
+        )
+
+    for name in ("max_pool", "transmil", "dmin", "instance_max", "zoommil"):
+        with pytest.raises(ConfigError, match=rf"teacher head '{name}' weighs no instances.*one of: abmil"):
+            pair(teacher=name)
+        with pytest.raises(ConfigError, match=rf"teacher head '{name}' weighs no instances"):
+            pair(teacher=name, lambda_soft=0, hard_mode="hidden")
+        pair(teacher=name, lambda_soft=0, lambda_hard=0)
+        with pytest.raises(ConfigError, match=f"head '{name}' weighs no instances, so it cannot learn"):
+            pair(student=name)
+    with pytest.raises(ConfigError, match="bag_temperature is 2"):
+        pair(objective=Cox(), bag_temperature=2.0)
+    pair(objective=Hazards(), bag_temperature=2.0)
+    with pytest.raises(ConfigError, match="'dmin' cannot learn cox"):
+        pair(student="dmin", objective=Cox())
+    with pytest.raises(ConfigError, match="no original recipe"):
+        trainable_pair(TeacherSettings(recipe="original"), StudentSettings(), Cox())
+    with pytest.raises(ConfigError, match="no original recipe"):
+        trainable_pair(TeacherSettings(), StudentSettings(recipe="original"), Cox())
+    teacher, student = pair("clam_mb", "clam_sb", objective=Cox(label_bins=5))
+    assert teacher.options == student.options == {"instance_classes": 5}
+    hidden = pair(objective=Hazards(), hard_mode="hidden")[1]
+    assert hidden.options == {"instance_classifier": "hidden"}
+
+
+def test_a_head_is_trained_for_classes_or_for_an_objective() -> None:
+    bags = _bags(6, 1)
+    for both in ({}, {"num_classes": 2, "objective": Cox()}):
+        with pytest.raises(ConfigError, match="num_classes or for an objective"):
+            train_teacher(bags, bags, TeacherSettings(epochs=1), seed=0, **both)
+    by_number = train_teacher(bags, bags, TeacherSettings(epochs=1), num_classes=2, seed=0)
+    by_objective = train_teacher(bags, bags, TeacherSettings(epochs=1), objective=Classification(2), seed=0)
+    assert torch.equal(_weights(by_number), _weights(by_objective))
+
+
+@pytest.mark.parametrize("name", ["zoommil", "hdmil"])
+def test_heads_of_many_scales_are_not_fed_bags(name: str) -> None:
+    bags = _bags(6, 1)
+    with pytest.raises(ConfigError, match=f"head '{name}' chooses what it reads from several scales"):
+        train_teacher(bags, bags, TeacherSettings(head=HeadSettings(name=name)), num_classes=2, seed=0)

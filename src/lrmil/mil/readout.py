@@ -38,7 +38,7 @@ class Reading:
     value: FloatArray | None = None
     """(...), the number in its unit, or the risk, higher meaning earlier; None for classes"""
     survival: FloatArray | None = None
-    """(..., T), probability of no event before each of `Readout.edges`; only for hazards"""
+    """(..., T), probability of no event before each of `Readout.times`; only for hazards"""
 
 
 class Readout(Settings):
@@ -47,13 +47,23 @@ class Readout(Settings):
     meaning: Meaning = Field("classification", description="what the logits stand for")
     mean: float = Field(0.0, description="of the training targets of a regression")
     sd: float = Field(1.0, gt=0, description="of the training targets of a regression")
-    edges: tuple[float, ...] = Field((), description="times between the intervals of the hazards, ascending")
+    edges: tuple[float, ...] = Field(
+        (), description="times between the intervals of the hazards, ascending; equal ones have an empty interval"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Readout:
         if (self.meaning == "hazards") != bool(self.edges) or list(self.edges) != sorted(self.edges):
             raise ValueError("hazards, and nothing else, have edges, in ascending order")
         return self
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Times (T,) at which survival is told, strictly ascending."""
+        return tuple(self.edges[i] for i in self._last_of_equal())
+
+    def _last_of_equal(self) -> list[int]:
+        return [i for i, edge in enumerate(self.edges) if (edge,) != self.edges[i + 1 : i + 2]]
 
     def read(self, head: Head, logits: Tensor) -> Reading:
         """Read logits (..., C) of `head`, in float64: in float32 confident slides would tie."""
@@ -63,7 +73,7 @@ class Readout(Settings):
         nothing = np.empty((*logits.shape[:-1], 0))
         if self.meaning == "hazards":
             survival = survival_curve(logits)
-            return Reading(nothing, -survival.sum(-1).numpy(), survival[..., :-1].numpy())
+            return Reading(nothing, -survival.sum(-1).numpy(), survival[..., self._last_of_equal()].numpy())
         return Reading(nothing, self.mean + self.sd * logits[..., 0].numpy())
 
 

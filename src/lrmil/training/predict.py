@@ -33,7 +33,7 @@ class BagPrediction:
     value: float | None = None
     """the number of a regression in its unit, or the risk of survival, higher meaning earlier; None for classes"""
     survival: FloatArray | None = None
-    """(T,) float64, probability of no event before each of `Readout.edges`; only for hazards"""
+    """(T,) float64, probability of no event before each of `Readout.times`; only for hazards"""
 
 
 def predict_bags(

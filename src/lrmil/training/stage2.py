@@ -16,7 +16,7 @@ import torch
 from lrmil.distill import Stage2LossSettings
 from lrmil.errors import ConfigError
 from lrmil.geometry import IntArray
-from lrmil.mil import HeadSettings, MILHead, create_head
+from lrmil.mil import HeadSettings, MILHead, create_head, head_cards
 from lrmil.mil.readout import Readout
 from lrmil.training.loop import FitResult, OnEpoch, Validation, fit, isolated_seed, run_epoch
 from lrmil.training.objectives import Classification, FittedObjective, Objective
@@ -27,7 +27,14 @@ from lrmil.training.recipes import HeadTrainingSettings, training_recipe
 from lrmil.training.slide_bags import ResidentBags, SlideBag, check_splits, few_threads
 from lrmil.training.steps import HeadStep
 from lrmil.training.support import fitting_head, support
-from lrmil.training.teaching import Distil, TeacherSignal, distillation, learning_head, teacher_signal
+from lrmil.training.teaching import (
+    Distil,
+    TeacherSignal,
+    distillation,
+    learning_head,
+    require_teaching_head,
+    teacher_signal,
+)
 
 __all__ = [
     "BagPrediction",
@@ -42,6 +49,8 @@ __all__ = [
     "teacher_signal",
     "train_student",
     "train_teacher",
+    "trainable_head",
+    "trainable_pair",
 ]
 
 
@@ -152,6 +161,36 @@ def student_head(settings: StudentSettings) -> HeadSettings:
     return learning_head(settings.head, settings.loss)
 
 
+def trainable_head(settings: HeadTrainingSettings, objective: Objective) -> HeadSettings:
+    """See, before any slide is read, that a head can be trained so; return it with the options that the task asks for.
+
+    `create_head(head.name, in_dim, objective.outputs, **head.options)` then builds what `train_teacher` does.
+
+    Raises:
+        ConfigError: the head cannot learn this task, or has no original recipe.
+        HeadError: no such head.
+    """
+    training_recipe(settings)
+    return fitting_head(settings.head, objective)
+
+
+def trainable_pair(
+    teacher: TeacherSettings, student: StudentSettings, objective: Objective
+) -> tuple[HeadSettings, HeadSettings]:
+    """See, before any slide is read, that teacher and student can be trained so, the one by the other.
+
+    Raises:
+        ConfigError: see `trainable_head`; or teacher or student cannot give what the student's loss compares, or the
+            loss has a temperature without a meaning for this task.
+        HeadError: no such head.
+    """
+    teaching = trainable_head(teacher, objective)
+    trainable_head(student, objective)
+    require_teaching_head(teacher.head, student.loss)
+    objective.check_loss(student.loss)
+    return teaching, fitting_head(student_head(student), objective)
+
+
 def _objective(num_classes: int | None, objective: Objective | None) -> Objective:
     if (num_classes is None) == (objective is None):
         raise ConfigError("a head is trained for num_classes or for an objective.", fix="Give one of the two.")
@@ -171,6 +210,11 @@ def _train(
 ) -> TrainedHead:
     recipe = training_recipe(settings)
     chosen = fitting_head(chosen, objective)
+    if any(card.name == chosen.name and card.scales == "many" for card in head_cards()):
+        raise ConfigError(
+            f"head {chosen.name!r} chooses what it reads from several scales, and is not trained on bags of one.",
+            fix="Choose a head of one scale.",
+        )
     in_dim = check_splits(train, val)
     train_targets, val_targets = objective.targets(train, "training"), objective.targets(val, "validation")
     fitted = objective.fit(train_targets)

@@ -102,6 +102,15 @@ class Objective(ABC):
 
     name: ClassVar[Meaning]
 
+    def check_loss(self, loss: Stage2LossSettings) -> None:
+        """See that a student's loss has a meaning for this task.
+
+        Raises:
+            ConfigError: a temperature is set that L_bag does not have.
+        """
+        if self.name in ("regression", "cox"):
+            without_temperature(loss, self.name)
+
     @property
     @abstractmethod
     def outputs(self) -> int:
