@@ -35,7 +35,7 @@ def test_the_papers_cohorts_are_set_up_as_the_paper_says(name: str) -> None:
     assert run.cohort.table == str(EXAMPLES / name / "cohort.csv")
     assert (run.grid.lr_mpp, run.grid.hr_mpp, run.grid.patch_px, run.grid.ratio) == (2.0, 0.5, 256, 4)
     card = resolve_card(run.encoder.name)
-    assert card.name == "conch_v1"
+    assert card.name == run.encoder.name == "conch-v1"
     check_token_grid(run.grid.patch_px // card.token_px, run.grid.ratio)
     assert run.folds.num_folds == 5
     assert run.stage1.loss.layers == (0, 1, -1)
