@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lrmil.evaluation.predictions import Predictions
+from lrmil.evaluation.values import Values
 
 Simulate = Callable[..., Predictions]
 
@@ -38,6 +39,46 @@ def simulate() -> Simulate:
             probabilities=np.stack([1 - positive, positive], axis=1),
             class_names=["negative", "positive"],
             folds=fold[rows],
+            seeds=np.repeat(np.arange(seeds), count),
+        )
+
+    return make
+
+
+SimulateValues = Callable[..., Values]
+
+
+@pytest.fixture(scope="session")
+def simulate_values() -> SimulateValues:
+    """`simulate_values(rng, kind, patients, ...)`: a number, or censored survival, and its noisy prediction."""
+
+    def make(
+        rng: np.random.Generator,
+        kind: str = "regression",
+        patients: int = 60,
+        *,
+        slides_per_patient: int = 1,
+        folds: int = 5,
+        seeds: int = 1,
+        noise: float = 0.5,
+    ) -> Values:
+        z = np.random.default_rng(4321).normal(size=patients)
+        if kind == "regression":
+            target = 50 + 10 * z
+        else:
+            life, leave = (np.random.default_rng(s) for s in (4322, 4323))
+            died = life.exponential(30 * np.exp(-2 * z))
+            until = leave.uniform(5, 80, size=patients)
+            target = np.stack([np.minimum(died, until) + 0.1, died <= until], axis=1).astype(float)
+        rows = np.tile(np.repeat(np.arange(patients), slides_per_patient), seeds)
+        count = patients * slides_per_patient
+        said = z[rows] + noise * rng.normal(size=len(rows))
+        return Values.of(
+            slide_ids=np.tile([f"slide_{i}" for i in range(count)], seeds).tolist(),
+            patient_ids=[f"patient_{r}" for r in rows],
+            targets=target[rows],
+            predicted=50 + 10 * said if kind == "regression" else said,
+            folds=(np.arange(patients) % folds)[rows],
             seeds=np.repeat(np.arange(seeds), count),
         )
 

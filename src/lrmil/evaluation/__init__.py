@@ -9,6 +9,7 @@ from lrmil.evaluation.metrics import METRICS, fold_scores, majority_class, score
 from lrmil.evaluation.paired import compare_methods, delong, delong_test, holm, permutation_test
 from lrmil.evaluation.predictions import Predictions
 from lrmil.evaluation.scored import Scored, concatenate
+from lrmil.evaluation.survival import kaplan_meier, log_rank, risk_groups
 from lrmil.evaluation.tables import Cost, TextTable, read_results, result_row, results_frame, text_table, write_results
 from lrmil.evaluation.values import Values, read_predictions, training_mean
 
@@ -29,6 +30,8 @@ __all__ = [
     "delong_test",
     "fold_scores",
     "holm",
+    "kaplan_meier",
+    "log_rank",
     "majority_class",
     "paired_bootstrap",
     "permutation_test",
@@ -36,6 +39,7 @@ __all__ = [
     "read_results",
     "result_row",
     "results_frame",
+    "risk_groups",
     "score",
     "text_table",
     "training_mean",

@@ -13,7 +13,6 @@ from lrmil.errors import ConfigError
 from lrmil.evaluation.scored import FloatArray, IntArray
 from lrmil.evaluation.values import Values
 
-
 Thresholds = Mapping[int, float] | Mapping[tuple[int, int], float]
 """A limit of risk for each fold, or for each (fold, seed)"""
 
@@ -164,7 +163,7 @@ def risk_groups(values: Values, thresholds: Thresholds) -> tuple[Values, npt.NDA
     """
     values.require_survival()
     patients = values.by_patient()
-    given: dict[object, float] = dict(thresholds)
+    given: dict[object, float] = dict(thresholds.items())
     several = len(np.unique(patients.seeds)) > 1
     limit = np.empty(len(patients))
     for fold, seed, rows in patients.cells():
