@@ -23,6 +23,7 @@ TAUGHT = {
     "distill": ("CONFIG", "Stage 1"),
     "teacher": ("CONFIG", "Stage 2.1", "labels"),
     "student": ("CONFIG", "Stage 2.2", "attention"),
+    "compare": ("CONFIG", "--methods", "paper", "Resumes", "tables"),
     "predict": ("SLIDES", "--model", "--mpp", "--out", "prediction.json", "failures.csv"),
     "simulate": ("OUT", "--size", "--set", "--seed", "test", "demo", "study"),
     "assemble": ("SOURCE", "--task", "--groups", "inflammatory", "--set"),

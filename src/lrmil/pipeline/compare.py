@@ -15,12 +15,13 @@ from lrmil.pipeline.config import RunSettings
 from lrmil.pipeline.context import Split
 from lrmil.pipeline.distill import stored_student
 from lrmil.pipeline.evaluate import LRMIL, MAJORITY, TestPredictions, terminal_lines
-from lrmil.pipeline.heads import slide_bag, stored_head
+from lrmil.pipeline.heads import Outputs, slide_bag, stored_head
 from lrmil.pipeline.jobs import HeadJob, do_jobs, job_outputs, workers_for
 from lrmil.pipeline.keys import features_of, head_key, outputs_key, results_key
 from lrmil.pipeline.methods import Method, methods_named
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.run import Outcome, mean_cost
+from lrmil.pipeline.selective import selective_outputs, stored_selective_head, time_selective
 from lrmil.pipeline.student import lr_only_outputs
 from lrmil.pipeline.study import Study
 from lrmil.pipeline.timing import time_answers
@@ -40,7 +41,8 @@ def compare(settings: RunSettings, reporter: Reporter) -> Outcome:
             fail do not raise; see `Outcome`.
     """
     methods = methods_named(settings.compare.methods)
-    study = Study.begin(settings, reporter)
+    choosers = tuple(m.head for m in methods if m.sees == "chosen")
+    study = Study.begin(settings, reporter, choosers=choosers)
     _require_heads(study, methods)
     folder = study.run.folder
     key = fingerprint(results_key(study.run), settings.compare)
@@ -98,6 +100,8 @@ def _predictions(study: Study, methods: Sequence[Method]) -> dict[str, Predictio
                 found.add_majority(split)
             elif method.sees == "hr":
                 found.add(method.title, split, job_outputs(jobs[method.name][number]))
+            elif method.sees == "chosen":
+                found.add(method.title, split, _chosen(study, method, split))
             elif method.sees == "lr":
                 answers = lr_only_outputs(run, split, study.frozen_lr_bags, study.frozen_lr_encoder)
                 found.add(method.title, split, answers)
@@ -134,6 +138,13 @@ def _jobs(study: Study, method: Method) -> list[HeadJob]:
 
 
 _PARTS = ("train", "val", "test")
+
+
+def _chosen(study: Study, method: Method, split: Split) -> Outputs:
+    """Train a head that chooses its patches on one fold; return what it says about the test slides."""
+    sources = study.sources(method.head)
+    settings = _settings(study, method)
+    return selective_outputs(study.run, split, sources, method.name, settings, study.encoder, title=method.title)
 
 
 def _settings(study: Study, method: Method) -> TeacherSettings:
@@ -184,6 +195,9 @@ def _cost(study: Study, method: Method, split: Split, entries: Sequence[Any]) ->
     if method.sees == "hr":
         head = stored_head(fold / "heads" / method.name.replace(":", "_"))
         return mean_cost(time_answers(run, method.title, entries, study.encoder, head, "hr"))
+    if method.sees == "chosen":
+        chooser = stored_selective_head(run, split, method.name)
+        return mean_cost(time_selective(run, method.title, entries, study.encoder, chooser))
     if method.sees == "lr":
         head = stored_head(fold / "lr_only")
         return mean_cost(time_answers(run, method.title, entries, study.frozen_lr_encoder, head, "lr"))

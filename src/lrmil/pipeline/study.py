@@ -12,6 +12,7 @@ from lrmil.encoders import Encoder
 from lrmil.errors import ConfigError
 from lrmil.files import remove_leftovers
 from lrmil.geometry import MatchedGrid
+from lrmil.mil import PatchSource
 from lrmil.pipeline.checks import require_fitting_parts, require_own_folder, require_usable_slides
 from lrmil.pipeline.config import RunSettings, save_config
 from lrmil.pipeline.context import Run, Split
@@ -21,6 +22,7 @@ from lrmil.pipeline.folder import RunFolder
 from lrmil.pipeline.heads import Outputs, read_bags
 from lrmil.pipeline.pixels import RegionPixels
 from lrmil.pipeline.reporting import Reporter
+from lrmil.pipeline.scales import encode_scales, scale_sources
 from lrmil.pipeline.splits import make_splits
 from lrmil.pipeline.stale import discard_stale_results
 from lrmil.pipeline.student import student_outputs
@@ -53,11 +55,21 @@ class Study:
     student_answers: dict[str, Outputs] = field(default_factory=dict)
     layers: tuple[int, ...] = ()
     """Distilled layers that variants of the run need beside its own"""
+    choosers: tuple[str, ...] = ()
+    """Heads that choose their patches, whose inputs are encoded, too"""
     main: Study | None = None
     """The study that this one is a variant of"""
+    _sources: dict[str, dict[str, PatchSource]] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, settings: RunSettings, reporter: Reporter, *, layers: tuple[int, ...] = ()) -> Study:
+    def begin(
+        cls,
+        settings: RunSettings,
+        reporter: Reporter,
+        *,
+        layers: tuple[int, ...] = (),
+        choosers: tuple[str, ...] = (),
+    ) -> Study:
         """Check all that can be checked at once, then write what the output folder begins with."""
         c = settings.cohort
         cohort = load_cohort(
@@ -80,7 +92,7 @@ class Study:
         cohort.write(run.folder.cohort)
         run.folder.write_failures([])
         reporter.event("run started", out=str(run.folder.root), slides=len(cohort.table))
-        return cls(run, encoder, layers=layers)
+        return cls(run, encoder, layers=layers, choosers=choosers)
 
     def variant(self, name: str, settings: RunSettings) -> Study:
         """Return a study on the same slides, features and folds, with other settings of training or another seed.
@@ -131,6 +143,15 @@ class Study:
         """5x features of all slides by a split's student encoder."""
         return read_bags({s: fold_bag(self.run, split, s) for s in self.slides})
 
+    def sources(self, head: str) -> dict[str, PatchSource]:
+        """Return the patches of all slides as a head that chooses among them trains on them."""
+        if self.main is not None:
+            return self.main.sources(head)
+        if head not in self._sources:
+            bags = self.hr_bags
+            self._sources[head] = scale_sources(self.run, self.grids, self.slides, self.encoder, head, child_bags=bags)
+        return self._sources[head]
+
     def encode_lr(self, encoder: Encoder, title: str, random_seed: int | None = None) -> dict[str, Bag]:
         """Encode the 5x regions of all slides by an encoder that no fold trained, where that is not done."""
         seed = self.run.settings.encoder.random_seed if random_seed is None else random_seed
@@ -148,6 +169,8 @@ class Study:
             layers = distilled_layers(run, self.encoder) if s.targets == "cached" else ()
             encode_children(run, self.grids, self.encoder, tuple(sorted({*layers, *self.layers})))
             read_regions(run, self.grids, self.pixels)
+            for head in self.choosers:
+                encode_scales(run, self.grids, self.encoder, head)
             self._require_some()
             self.folds, self.proof = make_splits(run, self.slides)
         elif stage == "distill":

@@ -1,0 +1,129 @@
+"""Comparing methods: the same slides, folds and seeds for all, resumable, one by one or several at a time."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lrmil.errors import ConfigError, HeadError
+from lrmil.evaluation.predictions import Predictions
+from lrmil.pipeline.compare import compare
+from lrmil.pipeline.config import PAPER_METHODS, RunSettings
+from lrmil.pipeline.methods import METHODS, methods_named
+from lrmil.pipeline.reporting import Reporter
+
+FEW = ["majority", "abmil", "mean_pool", "zoommil", "hdmil", "lr_only", "lrmil"]
+
+
+def quiet() -> Reporter:
+    return Reporter(quiet=True, stream=io.StringIO())
+
+
+def settings_for(lab: Any, out: Path, methods: list[str], **compared: Any) -> RunSettings:
+    return lab.settings(out, compare={"methods": methods, "jobs": 1, **compared}, evaluation={"timed_slides": 1})
+
+
+@pytest.fixture(scope="module")
+def compared(lab: Any, finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = finished.copy(tmp_path_factory.mktemp("compare") / "run")
+    compare(settings_for(lab, out, FEW), quiet())
+    return out
+
+
+def predictions(out: Path, name: str) -> Predictions:
+    return Predictions.read_csv(out / "compare" / "predictions" / f"{name}.csv")
+
+
+def test_the_paper_s_methods_are_known_and_each_is_a_row() -> None:
+    assert {m.name for m in METHODS if m.in_paper} == {*PAPER_METHODS, "lrmil"}
+    assert len({m.title for m in METHODS}) == len({m.name for m in METHODS}) == len(METHODS)
+    chosen = methods_named(["lrmil", "torchmil:SETMIL", "abmil"])
+    assert [m.name for m in chosen] == ["abmil", "lrmil", "torchmil:SETMIL"]
+
+
+def test_every_method_answers_every_slide_in_the_fold_that_tests_it(finished: Any, compared: Path) -> None:
+    tests = {(fold, slide) for fold, parts in finished.splits.items() for slide in parts["test"]}
+    for path in sorted((compared / "compare" / "predictions").glob("*.csv")):
+        found = Predictions.read_csv(path)
+        assert {(str(f), s) for f, s in zip(found.folds, found.slide_ids, strict=True)} == tests, path.name
+
+
+def test_abmil_is_the_teacher_bit_for_bit(finished: Any, compared: Path) -> None:
+    """Nothing is handicapped: with the same head, a baseline is trained exactly as the teacher is."""
+    teacher = Predictions.read_csv(finished.out / "tables" / "predictions" / "hr_teacher.csv")
+    abmil = predictions(compared, "abmil")
+    order = np.argsort(teacher.slide_ids), np.argsort(abmil.slide_ids)
+    assert np.array_equal(teacher.probabilities[order[0]], abmil.probabilities[order[1]])
+
+
+def test_tables_have_groups_and_measured_costs(compared: Path) -> None:
+    results = pd.read_csv(compared / "compare" / "results.csv").set_index("method")
+    assert list(results["group"].unique()) == ["Reference", "Full HR", "SC", "LR only", "Ours"]
+    patches = results["patches_per_slide"]
+    assert patches["LRMIL"] == patches["LR without distillation"] < patches["ZOOMMIL"]
+    assert patches["ABMIL"] == patches["Mean-P"] >= patches["HDMIL"]
+    assert results.drop("Majority class")["seconds_per_slide"].notna().all()
+    assert (compared / "compare" / "results.md").is_file()
+    assert (compared / "compare" / "differences.csv").is_file()
+
+
+def test_a_second_comparison_trains_only_what_was_added(
+    lab: Any, compared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: Counter[str] = Counter()
+    from lrmil.pipeline import jobs
+
+    original = jobs.train_teacher
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        trained[args[2].head.name] += 1
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(jobs, "train_teacher", watched)
+    before = lab.times(compared, "folds", "features", "tiles")
+    compare(settings_for(lab, compared, [*FEW, "max_pool"]), quiet())
+    assert trained == {"max_pool": 3}
+    after = lab.times(compared, "folds", "features", "tiles")
+    assert {k: v for k, v in after.items() if k in before} == before
+
+
+def test_seeds_are_averaged_and_share_folds(lab: Any, finished: Any, tmp_path: Path) -> None:
+    out = finished.copy(tmp_path / "run")
+    compare(settings_for(lab, out, ["mean_pool", "lrmil"], seeds=[0, 1]), quiet())
+    found = predictions(out, "lrmil")
+    first, second = (found.take(found.seeds == seed) for seed in (0, 1))
+    assert list(first.slide_ids) == list(second.slide_ids)
+    assert list(first.folds) == list(second.folds)
+    assert not np.array_equal(first.probabilities, second.probabilities)
+    ran = Predictions.read_csv(finished.out / "tables" / "predictions" / "lrmil.csv")
+    assert np.array_equal(ran.probabilities, first.probabilities)
+
+
+def test_several_processes_give_the_same_heads(lab: Any, compared: Path, finished: Any, tmp_path: Path) -> None:
+    out = finished.copy(tmp_path / "run")
+    compare(settings_for(lab, out, ["abmil", "mean_pool", "lrmil"], jobs=2), quiet())
+    for name in ("abmil", "mean-p"):
+        assert predictions(out, name).probabilities.tolist() == predictions(compared, name).probabilities.tolist()
+
+
+@pytest.mark.parametrize(
+    ("methods", "compared_as", "error", "words"),
+    [
+        (["abmill", "lrmil"], {}, ConfigError, "no method 'abmill'"),
+        (["abmil"], {}, ConfigError, "lrmil is missing"),
+        (["dtfd", "lrmil"], {"options": {"dtfd": {"group": 3}}}, HeadError, "group"),
+        (["dtfd", "lrmil"], {"options": {"dsmil": {}}}, HeadError, "compare.options speaks of dsmil"),
+    ],
+)
+def test_a_wrong_comparison_is_refused_before_anything_is_made(
+    lab: Any, tmp_path: Path, methods: list[str], compared_as: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        compare(settings_for(lab, tmp_path / "run", methods, **compared_as), quiet())
+    assert not (tmp_path / "run" / "tiles").exists()
