@@ -454,8 +454,8 @@ def test_unknown_columns_warn_with_near_names_or_fail_when_strict(folder):
         ("spacing_at_level_0", '"0,25"', "write a decimal point, not a comma"),
         ("mpp", "inf", "'inf' is not"),
         ("time", "-1", "row 3, column time: '-1' is not a time of follow-up"),
-        ("event", "2", "row 3, column event: '2' is not 1 where the event was seen"),
-        ("event", "alive", "'alive' is not 1"),
+        ("event", "2", r"row 3, column event: '2' is not 1 \(true, dead\) where the event was seen"),
+        ("event", "yes", "'yes' is not 1"),
     ],
 )
 def test_numbers_that_cannot_be(folder, column, value, message):

@@ -1,14 +1,20 @@
-"""What is to be learnt: the classes of a task, in an order that is never left to chance."""
+"""What cells of labels say: classes, in an order that is never left to chance, and whether an event was seen."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
 from lrmil.errors import CohortError
+
+EVENT_WORDS = {
+    **dict.fromkeys(("1", "1.0", "true", "dead", "deceased", "1:deceased"), 1.0),
+    **dict.fromkeys(("0", "0.0", "false", "alive", "living", "0:living"), 0.0),
+}
+"""How an event is written: seen (1) or not (0). Yes and no, or 1 and 2, mean different things to different people"""
 
 _SHOWN = 10
 
@@ -54,6 +60,20 @@ def find_classes(path: Path, task: str, labels: pd.Series, classes: Sequence[str
             fix="Learning needs at least two classes; check that this is the label column.",
         )
     return tuple(found)
+
+
+def event_number(value: Any) -> float:
+    """1 where the event was seen, 0 where not, nan for an empty cell.
+
+    Raises:
+        ValueError: the cell holds something else.
+    """
+    if value is None or value != value:
+        return float("nan")
+    word = str(value).strip().lower().replace(" ", "")
+    if word not in EVENT_WORDS:
+        raise ValueError(value)
+    return EVENT_WORDS[word]
 
 
 def labels_per_patient(

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lrmil.cohorts.columns import FILE, Columns, near, understand
+from lrmil.cohorts.labels import event_number
 from lrmil.cohorts.reading import is_empty, read_table
 from lrmil.cohorts.slide_files import (
     FEATURE_SUFFIXES,
@@ -34,19 +35,23 @@ class Loading:
     raw: pd.DataFrame
     columns: Columns
     tasks: Sequence[str]
+    """Label columns"""
     notes: list[str] = field(default_factory=list)
+    outcomes: Sequence[str] = ()
+    """Columns of time and event of survival tasks"""
     rows: pd.DataFrame = field(init=False)
 
     def __post_init__(self) -> None:
-        for task in self.tasks:
-            if task not in self.columns.source:
+        for name in self.asked:
+            if name not in self.columns.source:
                 there = ", ".join(map(str, self.raw.columns))
-                hint = next((c for c in self.columns.unknown if near(c, [task]) == task), None)
+                hint = next((c for c in self.columns.unknown if near(c, [name]) == name), None)
+                what, setting = ("label column", "`task`") if name in self.tasks else ("column", "`time` or `event`")
                 raise CohortError(
-                    f"{self.path}: no label column {task!r} (there is {there}).",
-                    fix=f"Did you mean {hint!r}? Set `task` to the column's name."
+                    f"{self.path}: no {what} {name!r} (there is {there}).",
+                    fix=f"Did you mean {hint!r}? Set {setting} to the column's name."
                     if hint
-                    else "Set `task` to one of them.",
+                    else f"Set {setting} to one of them.",
                 )
         chosen = {
             meaning: [None if is_empty(v) else v for v in self.raw[name]]
@@ -54,8 +59,13 @@ class Loading:
         }
         chosen |= {name: list(self.raw[name]) for name in self.columns.unknown if name not in chosen}
         self.rows = pd.DataFrame(chosen, index=self.raw.index, dtype=object)
-        empty = [c for c in self.rows if self.rows[c].isna().all() and c not in self.tasks]
+        empty = [c for c in self.rows if self.rows[c].isna().all() and c not in self.asked]
         self.rows = self.rows.drop(columns=empty)
+
+    @property
+    def asked(self) -> list[str]:
+        """Columns that must be there."""
+        return list(dict.fromkeys([*self.tasks, *self.outcomes]))
 
     def labels(self, task: str) -> pd.Series:
         """Return the labels of a task: text, or None."""
@@ -112,7 +122,7 @@ def check_unknown(loading: Loading, strict: bool) -> None:
     unknown = loading.columns.unknown
     if not unknown:
         return
-    guesses = {name: near(name, loading.tasks) for name in unknown}
+    guesses = {name: near(name, loading.asked) for name in unknown}
     listed = ", ".join(f"{name} (did you mean {guess}?)" if guess else name for name, guess in guesses.items())
     if strict:
         raise CohortError(f"{loading.path}: unknown columns: {listed}.", fix="Rename or remove them.")
@@ -134,7 +144,7 @@ def fill_ids(loading: Loading, slides_dir: str | Path | None, features_dir: str 
     ]
     _require(loading, "slide_id", "Give every slide an id, or a path.")
     if "patient_id" not in rows:
-        if loading.tasks:
+        if loading.asked:
             raise CohortError(
                 f"{loading.path}: no column says whose slide it is (there is {', '.join(loading.raw.columns)}).",
                 fix="Add patient_id; slides of one patient must never both train and test. "
@@ -231,15 +241,15 @@ def parse_numbers(loading: Loading) -> None:
             f"um per level-0 pixel, {MIN_MPP:g} to {MAX_MPP:g}",
         ),
         "time": (lambda v: 0 <= v < float("inf"), "a time of follow-up, 0 or more"),
-        "event": (lambda v: v in (0.0, 1.0), "1 where the event was seen and 0 where not"),
+        "event": (lambda v: v in (0.0, 1.0), "1 (true, dead) where the event was seen, 0 (false, alive) where not"),
     }
     for column, (possible, meaning) in rules.items():
-        if column not in loading.rows or column in loading.tasks:
+        if column not in loading.rows or column in loading.asked:
             continue
         numbers = []
         for row, value in loading.rows[column].items():
             try:
-                number = float("nan") if value is None else float(value)
+                number = event_number(value) if column == "event" or value is None else float(value)
             except ValueError:
                 number = float("-inf")
             if value is not None and not possible(number):
@@ -251,15 +261,14 @@ def parse_numbers(loading: Loading) -> None:
         loading.rows[column] = pd.Series(numbers, index=loading.rows.index, dtype="float64")
 
 
-def check_patients(loading: Loading, num_folds: int) -> None:
-    """Every class needs a patient for every fold."""
+def check_patients(loading: Loading, task: str, labels: Sequence[str | None], num_folds: int) -> None:
+    """Every class (or whatever else must be in every fold) needs a patient for every fold."""
     from lrmil.training.folds import check_class_sizes
 
-    for task in loading.tasks:
-        try:
-            check_class_sizes(list(loading.rows["patient_id"]), list(loading.rows[task]), num_folds)
-        except CohortError as error:
-            raise CohortError(f"{loading.path}: column {task}: {error.message}", fix=error.fix) from error
+    try:
+        check_class_sizes(list(loading.rows["patient_id"]), labels, num_folds)
+    except CohortError as error:
+        raise CohortError(f"{loading.path}: column {task}: {error.message}", fix=error.fix) from error
 
 
 def _sort_files(loading: Loading) -> None:
