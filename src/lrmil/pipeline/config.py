@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,9 @@ from lrmil.geometry import GridSettings
 from lrmil.inference.prepare import TileSettings
 from lrmil.pipeline.overrides import apply_overrides, validated
 from lrmil.settings import Settings
+from lrmil.tasks import TaskKind
 from lrmil.tissue import TissueSettings
+from lrmil.training.objectives import ObjectiveSettings
 from lrmil.training.stage1 import Stage1Settings
 from lrmil.training.stage2 import StudentSettings, TeacherSettings
 
@@ -43,9 +45,15 @@ class CohortSettings(Settings):
     """Which slides, and what is asked of them."""
 
     table: str = Field(..., description="CSV or XLSX with slide_id, patient_id, a label column, path")
-    task: str = Field("label", description="the label column")
+    task: str = Field("label", description="the label column; for survival a name")
+    kind: TaskKind = Field("classification", description="what is asked: a class, a number, or survival")
+    time: str = Field("time", description="survival: column of the time until the event or the end of observation")
+    event: str = Field("event", description="survival: column that says whether the event was seen")
     classes: list[str] | None = Field(None, description="labels in the order of the outputs; default sorted")
     slides_dir: str | None = Field(None, description="where slides lie if the table has no path column")
+    features_dir: str | None = Field(
+        None, description="where feature files lie if the table has no features column; for `lrmil compare` alone"
+    )
     label_level: Literal["slide", "patient"] = Field(
         "slide", description="patient: two labels of one patient are an error"
     )
@@ -66,6 +74,9 @@ class FoldSettings(Settings):
 
     num_folds: int = Field(5, ge=3, description="test = fold k, validation = fold k+1, training = the rest")
     seed: int = Field(0, description="seed of the split")
+    clam_splits: str | None = Field(
+        None, description="folder of CLAM's splits_0.csv, splits_1.csv, ...: these folds are taken instead"
+    )
 
 
 class EvaluationSettings(Settings):
@@ -85,6 +96,9 @@ class CompareSettings(Settings):
 
     methods: list[str] = Field(
         ["majority", *PAPER_METHODS, "lr_only", "lrmil"], description="rows of the tables; torchmil:CLASS works, too"
+    )
+    reference: str | None = Field(
+        None, description="method that the others are compared with; null: lrmil, or abmil where features are all"
     )
     recipe: Literal["paper", "original"] = Field(
         "paper",
@@ -117,6 +131,7 @@ class RunSettings(Settings):
     stage1: Stage1Settings = Stage1Settings()
     teacher: TeacherSettings = TeacherSettings()
     student: StudentSettings = StudentSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     compare: CompareSettings = CompareSettings()
     targets: Literal["cached", "on_the_fly"] = Field(
@@ -131,6 +146,21 @@ class RunSettings(Settings):
     memory_gb: float = Field(
         4.0, gt=0, description="pixels of regions are kept in memory up to this size, beyond it in files"
     )
+
+
+def decisive_settings(settings: RunSettings, leave_out: Set[str]) -> dict[str, Any]:
+    """Return the tree as plain data without some of its sections, and without what has no bearing on its task.
+
+    Where classes are asked for, nothing that only other tasks know is told.
+    """
+    tree = settings.model_dump(mode="json", exclude=set(leave_out))
+    if settings.cohort.kind != "survival":
+        for column in ("time", "event"):
+            tree.get("cohort", {}).pop(column, None)
+    if settings.cohort.kind == "classification":
+        tree.get("cohort", {}).pop("kind", None)
+        tree.pop("objective", None)
+    return tree
 
 
 def load_config(path: str | Path, overrides: Sequence[str] | None = None) -> RunSettings:
@@ -168,14 +198,19 @@ def parse_config(raw: dict[str, Any], source: str = "config", *, base: str | Pat
         return str((folder / Path(path).expanduser()).resolve())
 
     cohort, encoder = settings.cohort, settings.encoder
-    slides_dir = None if cohort.slides_dir is None else anchored(cohort.slides_dir)
-    weights = None if encoder.weights is None else anchored(encoder.weights)
+
+    def anchored_if(path: str | None) -> str | None:
+        return None if path is None else anchored(path)
+
+    folders = {"slides_dir": anchored_if(cohort.slides_dir), "features_dir": anchored_if(cohort.features_dir)}
+    weights, clam_splits = anchored_if(encoder.weights), anchored_if(settings.folds.clam_splits)
     # A saved encoder is named by its folder.
     name = anchored(encoder.name) if is_saved_encoder(folder / Path(encoder.name).expanduser()) else encoder.name
     return settings.model_copy(
         update={
             "out": anchored(settings.out),
-            "cohort": cohort.model_copy(update={"table": anchored(cohort.table), "slides_dir": slides_dir}),
+            "cohort": cohort.model_copy(update={"table": anchored(cohort.table), **folders}),
+            "folds": settings.folds.model_copy(update={"clam_splits": clam_splits}),
             "encoder": encoder.model_copy(update={"name": name, "weights": weights}),
         }
     )

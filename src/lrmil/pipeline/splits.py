@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from lrmil.errors import CohortError
 from lrmil.pipeline.context import Run, Split
+from lrmil.training.clam_splits import read_clam_splits
 from lrmil.training.folds import FINAL, Splits, final_split, fold_columns, folds_for
 from lrmil.training.leakage import leakage_proof
 
@@ -18,7 +19,11 @@ def make_splits(run: Run, usable: Collection[str]) -> tuple[list[Split], str]:
     table = run.cohort.labelled()
     task = run.settings.cohort.task
     settings = run.settings.folds
-    splits = folds_for(table, task, num_folds=settings.num_folds, seed=settings.seed)
+    if settings.clam_splits is not None:
+        patient_of = dict(zip(table["slide_id"], table["patient_id"], strict=True))
+        splits = read_clam_splits(settings.clam_splits, patient_of)
+    else:
+        splits = folds_for(table, task, num_folds=settings.num_folds, seed=settings.seed)
     splits.write(run.folder.splits)
     kept = table[table["slide_id"].isin(list(usable))]
     proof = leakage_proof(
@@ -26,7 +31,7 @@ def make_splits(run: Run, usable: Collection[str]) -> tuple[list[Split], str]:
         list(kept["patient_id"]),
         list(kept["slide_id"]),
         list(kept[task]),
-        tested_once="fold" not in table and not fold_columns(table),
+        tested_once=settings.clam_splits is None and "fold" not in table and not fold_columns(table),
     )
     run.reporter.line(proof)
     folds = [

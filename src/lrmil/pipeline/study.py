@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from lrmil.bags import Bag
-from lrmil.cohorts.table import load_cohort
 from lrmil.encoders import Encoder
 from lrmil.errors import ConfigError
 from lrmil.files import remove_leftovers
 from lrmil.geometry import MatchedGrid
 from lrmil.mil import PatchSource
 from lrmil.pipeline.checks import require_fitting_parts, require_own_folder, require_usable_slides
+from lrmil.pipeline.cohort import settings_cohort
 from lrmil.pipeline.config import RunSettings, save_config
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.distill import distil_fold, distilled_layers, fold_bag, stored_student
 from lrmil.pipeline.encode import encode_children, encode_regions, features_name, read_regions
 from lrmil.pipeline.folder import RunFolder
 from lrmil.pipeline.heads import Outputs, read_bags
+from lrmil.pipeline.keys import features_of
 from lrmil.pipeline.pixels import RegionPixels
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.scales import encode_scales, scale_sources
@@ -71,15 +73,7 @@ class Study:
         choosers: tuple[str, ...] = (),
     ) -> Study:
         """Check all that can be checked at once, then write what the output folder begins with."""
-        c = settings.cohort
-        cohort = load_cohort(
-            c.table,
-            task=c.task,
-            classes=c.classes,
-            slides_dir=c.slides_dir,
-            label_level=c.label_level,
-            num_folds=settings.folds.num_folds,
-        )
+        cohort = settings_cohort(settings)
         reporter.line(cohort.summary())
         require_usable_slides(cohort)
         run = Run(settings, RunFolder(settings.out), cohort, reporter)
@@ -133,6 +127,16 @@ class Study:
     def frozen_lr_encoder(self) -> Encoder:
         """What a student encoder begins as, on the run's device."""
         return self.run.build_encoder(student=True).to(self.run.device)
+
+    @property
+    def features(self) -> dict[str, Any]:
+        """What the 20x features depend on beside the slide. Hashes all weights."""
+        return features_of(self.run, self.encoder)
+
+    @property
+    def width(self) -> int:
+        """Width of the 20x features."""
+        return self.encoder.embed_dim
 
     @property
     def slides(self) -> list[str]:
