@@ -163,6 +163,11 @@ class Study:
         encode_regions(self.run, self.grids, encoder, self.pixels, name, title=title)
         return read_bags({s: self.run.folder.bag(name, s) for s in self.slides})
 
+    def prepare(self) -> None:
+        """Tile, encode and make the folds."""
+        for stage in ("tile", "encode"):
+            self.do(stage)
+
     def do(self, stage: str) -> None:
         """Do one stage for every fold."""
         run, s = self.run, self.run.settings
