@@ -24,6 +24,8 @@ TAUGHT = {
     "teacher": ("CONFIG", "Stage 2.1", "labels"),
     "student": ("CONFIG", "Stage 2.2", "attention"),
     "compare": ("CONFIG", "--methods", "paper", "Resumes", "tables"),
+    "ablate": ("CONFIG", "Table 3", "L_patch", "Resumes", "ablation/"),
+    "sensitivity": ("CONFIG", "--of", "--values", "temperature", "magnification", "Resumes", "sensitivity/"),
     "predict": ("SLIDES", "--model", "--mpp", "--out", "prediction.json", "failures.csv"),
     "simulate": ("OUT", "--size", "--set", "--seed", "test", "demo", "study"),
     "assemble": ("SOURCE", "--task", "--groups", "inflammatory", "--set"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -37,6 +37,8 @@ def register(app: typer.Typer) -> None:
     app.command()(init)
     app.command()(run)
     app.command()(compare)
+    app.command()(ablate)
+    app.command()(sensitivity)
     for name, text in STAGE_HELP.items():
         _add_stage(app, name, text)
 
@@ -99,6 +101,69 @@ def compare(
     if methods is not None:
         overrides = [*(overrides or []), f"compare.methods=[{methods}]"]
     _finish(compare_methods(*_open(config, overrides, quiet)))
+
+
+def ablate(config: Config, overrides: Override = None, quiet: Quiet = False) -> None:
+    """Which losses matter: the six rows of the paper's Table 3, on the same slides, folds and seeds.
+
+    The rows switch L_patch, L_bag, L_soft and L_hard on, beside the cross-entropy. Without L_patch the student looks at
+    5x with the frozen encoder, and there is no stage 1. A loss whose weight is 0 in the config is off in every row.
+
+    Writes to ablation/ in the config's `out` folder: table3 as the paper prints it, results with intervals, paired
+    differences from the full method (CSV, Markdown, LaTeX), predictions and figures. Resumes; what `lrmil run` has
+    trained is not trained again.
+    """
+    from lrmil.pipeline.ablate import ablate as ablate_losses
+
+    _finish(ablate_losses(*_open(config, overrides, quiet)))
+
+
+def sensitivity(
+    config: Config,
+    of: Annotated[
+        Literal["k", "temperature", "layers", "aggregation", "magnification"],
+        typer.Option(help="What to vary, all else as in the config."),
+    ],
+    values: Annotated[
+        str | None,
+        typer.Option(help="Values in place of the usual ones, like 1,2,4 or '[0, 1, -1], [-1]' or '[0.5, 2], [1, 4]'."),
+    ] = None,
+    overrides: Override = None,
+    quiet: Quiet = False,
+) -> None:
+    """How much one setting matters: the method with other values of it, on the same slides, folds and seeds.
+
+    - **k**: regions at either end in L_hard; 1, 2, 4, 8, 16, 32
+    - **temperature**: of L_bag, then of L_soft; 1, 2, 4, 8
+    - **layers**: blocks distilled in stage 1
+    - **aggregation**: how a region's score comes of its children: mean or max of logits, or share of attention
+    - **magnification**: pairs of um per pixel, high and low. Each is a run of its own in variants/, with tiles and
+      features; pairs that a slide or the encoder's token grid does not allow are left out, and it is said why
+
+    Writes to sensitivity/ in the config's `out` folder: results with intervals, paired differences from the config's
+    own value (CSV, Markdown, LaTeX), predictions and figures. Resumes; what `lrmil run` has trained is not trained
+    again.
+    """
+    from lrmil.pipeline.ablate import sensitivity as vary
+
+    _finish(vary(*_open(config, overrides, quiet), of, _listed(values)))
+
+
+def _listed(values: str | None) -> list[Any] | None:
+    """Read --values: a list in YAML, with or without its brackets."""
+    import yaml
+
+    from lrmil.errors import ConfigError
+
+    if values is None:
+        return None
+    try:
+        found = yaml.safe_load(f"[{values}]")
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--values {values!r} is not a list.", fix="Write 1,2,4 or '[0, 1], [2]'.") from error
+    if not found:
+        raise ConfigError("--values is empty.", fix="Write 1,2,4 or '[0, 1], [2]', or leave it out.")
+    return list(found)
 
 
 def _add_stage(app: typer.Typer, name: str, text: str) -> None:

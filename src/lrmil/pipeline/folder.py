@@ -51,6 +51,8 @@ class RunFolder:
         self.figures = self.root / "figures"
         self.model = self.root / "model"
         self.comparison = self.root / "compare"
+        self.ablation = self.root / "ablation"
+        self.sensitivity = self.root / "sensitivity"
 
     def tiles(self, slide_id: str) -> Path:
         """Tissue and grid of a slide; beside it lie a picture, .jpg, and what was read at 5x, .regions.npz."""

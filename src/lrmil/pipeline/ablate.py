@@ -1,0 +1,273 @@
+"""`lrmil ablate` and `lrmil sensitivity`: the same method with one thing changed, on the same slides, folds and seeds.
+
+Variants share whatever their change does not touch: tiles, features, stage 1, teacher. The config itself is the
+reference, trained as `lrmil run` trains it and where it keeps it, so that what is there is not trained again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lrmil.distill import resolve_layers
+from lrmil.errors import CohortError, ConfigError, GridMismatch
+from lrmil.evaluation import Cost, TextTable, concatenate, write_results
+from lrmil.evaluation.comparison import Comparison, compare_report
+from lrmil.evaluation.metrics import metric
+from lrmil.evaluation.table_formats import to_latex, to_markdown
+from lrmil.evaluation.tables import metric_text, paper_metrics
+from lrmil.files import write_json, write_text
+from lrmil.geometry import check_token_grid
+from lrmil.pipeline.config import RunSettings
+from lrmil.pipeline.context import Split
+from lrmil.pipeline.distill import stored_student
+from lrmil.pipeline.evaluate import TestPredictions, terminal_lines
+from lrmil.pipeline.heads import Outputs, stored_head
+from lrmil.pipeline.keys import results_key
+from lrmil.pipeline.reporting import Reporter
+from lrmil.pipeline.run import Outcome, mean_cost
+from lrmil.pipeline.study import Study
+from lrmil.pipeline.timing import time_answers
+from lrmil.pipeline.variants import TERMS, Of, Plan, Variant, ablation_plan, sensitivity_plan
+from lrmil.settings import fingerprint
+
+Found = dict[str, list[Any]]
+"""Test predictions of each variant, one entry a seed"""
+
+
+def ablate(settings: RunSettings, reporter: Reporter) -> Outcome:
+    """Train the six rows of the paper's Table 3 on every fold with every seed, score them, and write ablation/.
+
+    Raises:
+        ConfigError, CohortError, EncoderError, HeadError: nothing can be done. Slides that fail do not raise.
+    """
+    study = Study.begin(settings, reporter)
+    plan = ablation_plan(settings)
+    return _carry_out(study, plan, study.run.folder.ablation)
+
+
+def sensitivity(settings: RunSettings, reporter: Reporter, of: Of, values: Sequence[Any] | None = None) -> Outcome:
+    """Train the method with other values of one setting, score them, and write sensitivity/<of>/.
+
+    Args:
+        settings: the config, which is one of the rows and what all others are compared with.
+        reporter: tells how it goes.
+        of: what is varied.
+        values: see `sensitivity_plan`; None: the usual ones.
+
+    Raises:
+        ConfigError: a value is impossible, or what is varied has no effect with this config.
+        And what `ablate` raises.
+    """
+    study = Study.begin(settings, reporter)
+    plan = sensitivity_plan(of, settings, study.encoder.depth, values)
+    return _carry_out(study, plan, study.run.folder.sensitivity / plan.name)
+
+
+def _carry_out(study: Study, plan: Plan, folder: Path) -> Outcome:
+    run = study.run
+    reporter, s = run.reporter, run.settings
+    key = fingerprint(results_key(run), s.compare.seeds, plan.name, {v.title: dict(v.changes) for v in plan.variants})
+    if run.folder.done_facts(folder).get("key") != key:
+        shutil.rmtree(folder, ignore_errors=True)
+    if s.targets == "cached":
+        study.layers = _layers(study, plan)
+    study.do("tile")
+    if plan.own_scales:
+        plan = _possible(study, plan)
+    study.do("encode")
+    if len(plan.variants) < 2:
+        raise ConfigError(
+            f"there is nothing to compare {plan.reference.title} with. {' '.join(plan.notes)}",
+            fix="Name other values, or use other slides.",
+        )
+    costs: dict[str, Cost] = {}
+    if plan.own_scales:
+        found, plan = _across_scales(study, plan, costs)
+    else:
+        found = _variants(study, plan)
+    for note in plan.notes:
+        reporter.line(f"  {note}")
+    comparison = compare_report(
+        {v.title: concatenate(found[v.title]) for v in plan.variants},
+        reference=plan.reference.title,
+        dataset=run.cohort.name,
+        task=s.cohort.task,
+        groups=dict.fromkeys((v.title for v in plan.variants), plan.heading),
+        costs=costs,
+        seed=s.evaluation.seed,
+        resamples=s.evaluation.bootstrap,
+    )
+    with reporter.stage("report", f"Writing {folder.name}"):
+        comparison.write(folder)
+        _write_more(comparison, plan, folder)
+    run.folder.mark_done(folder, key)
+    reporter.event(f"{plan.name} finished", failures=len(run.failures))
+    return Outcome(run.folder, run.failures, _summary(comparison, plan, folder))
+
+
+def _layers(study: Study, plan: Plan) -> tuple[int, ...]:
+    """Return every block that some variant distils."""
+    depth = study.encoder.depth
+    wanted = [v.applied(study.run.settings).stage1.loss.layers for v in plan.variants]
+    return tuple(sorted({layer for layers in wanted for layer in resolve_layers(layers, depth)}))
+
+
+def _seeded(study: Study) -> Iterator[Study]:
+    """Yield a study under each seed of `compare.seeds`, as `lrmil compare` does, and in its folders."""
+    s = study.run.settings
+    for seed in s.compare.seeds or [s.seed]:
+        yield study if seed == s.seed else study.variant(f"seed_{seed}", s.model_copy(update={"seed": seed}))
+
+
+def _variants(study: Study, plan: Plan) -> Found:
+    """Train variants that look at the same features."""
+    found: Found = {}
+    for own in _seeded(study):
+        for stage in ("distill", "teacher", "student"):
+            own.do(stage)
+        said = TestPredictions(own.run)
+        waiting = [v for v in plan.variants if v != plan.reference]
+        seed = own.run.settings.seed
+        title = f"Training {len(waiting)} variants on {len(own.folds)} folds, seed {seed}"
+        with own.run.reporter.stage("variants", title), own.run.reporter.task("variants", len(waiting)) as progress:
+            for variant in plan.variants:
+                changed = _study_of(own, variant, suffix="" if own is study else f"_seed_{seed}")
+                for split in own.folds:
+                    said.add(variant.title, split, _student(own, changed, variant, split))
+                if variant in waiting:
+                    progress.advance(note=variant.title)
+        for method, predictions in said.all().items():
+            found.setdefault(method, []).append(predictions)
+    return found
+
+
+def _study_of(own: Study, variant: Variant, suffix: str) -> Study:
+    """Return the study of a variant; a variant that is the config itself is the config's study."""
+    settings = variant.applied(own.run.settings)
+    if settings == own.run.settings and "patch" in variant.terms:
+        return own
+    return own.variant(variant.name + suffix, settings)
+
+
+def _student(own: Study, changed: Study, variant: Variant, split: Split) -> Outputs:
+    """Train a variant on one fold."""
+    if "patch" not in variant.terms:
+        # Without L_patch there is no stage 1: the student looks at 5x with the frozen encoder's eyes.
+        return changed.student(split, own.frozen_lr_bags, own.frozen_lr_encoder)
+    if changed is not own and changed.run.stage1_folder is None:
+        changed.distil(split)
+    return changed.student(split)
+
+
+def _possible(study: Study, plan: Plan) -> Plan:
+    """Leave out pairs of magnifications that the encoder's token grid or a slide does not allow."""
+    kept, notes = [], list(plan.notes)
+    for variant in plan.variants:
+        grid = variant.applied(study.run.settings).grid
+        try:
+            check_token_grid(study.encoder.token_grid_side, grid.ratio)
+        except GridMismatch as error:
+            notes.append(f"{variant.title} is left out: {error.message}")
+            continue
+        limit = grid.hr_mpp * (1 + grid.mpp_tolerance)
+        coarse = [name for name, g in study.grids.items() if g.scale.has_hr and g.scale.mpp_l0 > limit]
+        if coarse and variant != plan.reference:
+            notes.append(f"{variant.title} is left out: {len(coarse)} slides are coarser (first: {coarse[0]}).")
+            continue
+        kept.append(variant)
+    return replace(plan, variants=tuple(kept), notes=tuple(notes))
+
+
+def _across_scales(study: Study, plan: Plan, costs: dict[str, Cost]) -> tuple[Found, Plan]:
+    """Do a run of its own for each pair of magnifications, in variants/<name>/, on the folds of the main run.
+
+    A pair on which another set of slides can be used is left out: its results could not be paired with the others.
+    """
+    found: Found = {}
+    kept, notes = [], list(plan.notes)
+    for variant in plan.variants:
+        try:
+            here = study if variant == plan.reference else _begun(study, variant)
+        except (ConfigError, CohortError) as error:
+            notes.append(f"{variant.title} is left out: {error.message}")
+            continue
+        lost = sorted(set(study.slides) ^ set(here.slides))
+        if lost:
+            notes.append(f"{variant.title} is left out: {len(lost)} slides cannot be used (first: {lost[0]}).")
+            continue
+        for own in _seeded(here):
+            said = TestPredictions(own.run)
+            for stage in ("distill", "teacher", "student"):
+                own.do(stage)
+            for split in own.folds:
+                said.add(variant.title, split, own.student(split))
+            for method, predictions in said.all().items():
+                found.setdefault(method, []).append(predictions)
+        costs[variant.title] = _cost(here, variant.title)
+        kept.append(variant)
+    return found, replace(plan, variants=tuple(kept), notes=tuple(notes))
+
+
+def _begun(study: Study, variant: Variant) -> Study:
+    """Tile and encode the cohort at other magnifications."""
+    settings = variant.applied(study.run.settings)
+    out = study.run.folder.root / "variants" / variant.name
+    study.run.reporter.line(f"{variant.title}, in {out}")
+    other = Study.begin(settings.model_copy(update={"out": str(out)}), study.run.reporter)
+    for stage in ("tile", "encode"):
+        other.do(stage)
+    return other
+
+
+def _cost(study: Study, title: str) -> Cost:
+    """Answer some test slides of the first fold from their files, and take the time."""
+    run, split = study.run, study.folds[0]
+    entries = [run.entry(slide) for slide in split.test][: run.settings.evaluation.timed_slides]
+    encoder, head = stored_student(run, split), stored_head(run.folder.fold(split.name) / "student")
+    return mean_cost(time_answers(run, title, entries, encoder, head, "lr"))
+
+
+def _write_more(comparison: Comparison, plan: Plan, folder: Path) -> None:
+    """Write what a comparison does not have: what each row changed, its figure, and Table 3."""
+    from lrmil.evaluation.plots import save_figure
+    from lrmil.evaluation.variant_figures import variant_lines, variant_rows
+
+    title, reference = f"{comparison.title}, {plan.heading.lower()}", comparison.reference
+    rows = [{"title": v.title, "folder": v.name, "terms": v.terms, "changes": v.changes} for v in plan.variants]
+    write_json(folder / "variants.json", {"reference": reference, "variants": rows, "notes": plan.notes})
+    if plan.lines:
+        figure = variant_lines(comparison.results, plan.lines, axis=plan.axis, reference=reference, title=title)
+    else:
+        figure = variant_rows(comparison.results, reference=reference, title=title)
+    save_figure(folder / f"figure_{plan.name}.png", figure)
+    if plan.name == "ablation":
+        _write_table_3(comparison, plan, folder)
+
+
+def _write_table_3(comparison: Comparison, plan: Plan, folder: Path) -> None:
+    """Write table3.csv, .md, .tex: losses in columns, as the paper prints it, then its metrics without intervals."""
+    frame = comparison.results
+    names = paper_metrics(frame)
+    lines = {row["method"]: row for row in frame.to_dict("records")}
+    on = {v.title: [term in v.terms for term in TERMS] for v in plan.variants}
+    marks = [f"L_{term}" for term in TERMS]
+    table = frame[["dataset", "task", *names]].copy()
+    for column, mark in enumerate(marks):
+        table.insert(2 + column, mark, [int(on[method][column]) for method in frame["method"]])
+    write_results(folder / "table3.csv", table)
+    cells = [
+        [*("x" if there else "" for there in on[title]), *(metric_text(lines[title][name], name) for name in names)]
+        for title in on
+    ]
+    text = TextTable.of(f"{comparison.title}, losses", [*marks, *(metric(name).title for name in names)], cells)
+    write_text(folder / "table3.md", to_markdown(text))
+    write_text(folder / "table3.tex", to_latex(text, label="tab:ablation"))
+
+
+def _summary(comparison: Comparison, plan: Plan, folder: Path) -> list[str]:
+    lines = [*terminal_lines(comparison.results_table()), "", *terminal_lines(comparison.differences_table())]
+    return [*lines, *plan.notes, f"tables and figures: {folder}"]
