@@ -154,7 +154,7 @@ def test_colours_of_a_fold_with_one_class_say_that_class(split: tuple[Any, Split
 def test_the_majority_answers_with_the_shares_of_the_training_split(split: tuple[Any, Split]) -> None:
     run, fold = split
     found = TestPredictions(run)
-    found.add_majority(fold)
+    found.add_constant(fold)
     told = found.of("Majority class")
     positive = np.mean([run.cohort.label_of(slide) for slide in fold.train])
     assert sorted(told.slide_ids) == sorted(fold.test)

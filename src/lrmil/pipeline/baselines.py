@@ -1,4 +1,4 @@
-"""What LRMIL has to beat to be worth anything: the majority class, colour alone, an encoder that learned nothing."""
+"""What LRMIL has to beat to be worth anything: one answer for all, colour alone, an encoder that learned nothing."""
 
 from __future__ import annotations
 
@@ -6,11 +6,45 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from lrmil.pipeline.context import Run, Split
+from lrmil.tasks import TaskKind
+
+MAJORITY, TRAINING_MEAN, CONSTANT_RISK = "Majority class", "Training mean", "Constant risk"
+"""Titles of the answer that looks at no slide: of classes, a number, survival"""
+
+
+def constant_title(kind: TaskKind) -> str:
+    """Return what the answer that looks at no slide is called."""
+    return {"classification": MAJORITY, "regression": TRAINING_MEAN, "survival": CONSTANT_RISK}[kind]
+
+
+def constant_answer(run: Run, split: Split) -> npt.NDArray[np.float64]:
+    """Return the same answer for all: shares of the classes (C,) or mean number () of the training split, or risk 0."""
+    if run.kind == "survival":
+        return np.zeros(())
+    if run.kind == "regression":
+        return np.asarray(np.mean([run.cohort.target_of(s) for s in split.train]), dtype=np.float64)
+    counts = np.bincount([run.cohort.label_of(s) for s in split.train], minlength=len(run.cohort.classes))
+    return counts / counts.sum()
+
+
+def colour_answers(
+    run: Run, split: Split, histograms: Mapping[str, npt.NDArray[np.float64]], slides: Sequence[str]
+) -> npt.NDArray[np.float64]:
+    """Return what colour alone says: class probabilities (n, C), or of a regression the numbers (n,) by ridge."""
+    if run.kind == "classification":
+        return colour_probabilities(run, split, histograms, slides)
+    if not slides:
+        return np.zeros(0)
+    model = make_pipeline(StandardScaler(), Ridge(alpha=10.0))
+    targets = [run.cohort.target_of(s) for s in split.train]
+    model.fit(np.sqrt(np.stack([histograms[s] for s in split.train])), targets)
+    found: npt.NDArray[np.float64] = model.predict(np.sqrt(np.stack([histograms[s] for s in slides])))
+    return found
 
 
 def colour_probabilities(

@@ -14,7 +14,7 @@ from lrmil.geometry import check_token_grid
 from lrmil.mil import create_head
 from lrmil.pipeline.context import Run
 from lrmil.pipeline.folder import RunFolder
-from lrmil.training.stage2 import student_head
+from lrmil.training.stage2 import trainable_pair
 
 
 def require_usable_slides(cohort: Cohort) -> None:
@@ -84,8 +84,13 @@ def require_fitting_parts(run: Run, encoder: Encoder) -> None:
             f"teacher's of {encoder.embed_dim}.",
             fix="Set encoder.embedding and encoder.student_embedding to the same.",
         )
-    for head, in_dim in ((s.teacher.head, encoder.embed_dim), (student_head(s.student), student_dim)):
-        create_head(head.name, in_dim, len(run.cohort.classes), **head.options)
+    teacher, student = trainable_pair(s.teacher, s.student, run.objective)
+    for head, in_dim in ((teacher, encoder.embed_dim), (student, student_dim)):
+        create_head(head.name, in_dim, run.objective.outputs, **head.options)
+    if "colour_histogram" in s.evaluation.baselines and run.kind == "survival":
+        raise ConfigError(
+            "evaluation.baselines: colour_histogram knows no survival.", fix="Leave it out, or ask for classes."
+        )
     if "random_encoder" in s.evaluation.baselines and is_saved_encoder(s.encoder.name):
         raise ConfigError(
             f"evaluation.baselines: {s.encoder.name} is a saved encoder, which cannot have random weights.",

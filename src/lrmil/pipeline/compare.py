@@ -6,19 +6,20 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lrmil.errors import HeadError
-from lrmil.evaluation import Cost, concatenate
+from lrmil.errors import ConfigError, HeadError
+from lrmil.evaluation import Cost, Scored, concatenate
 from lrmil.evaluation.comparison import Comparison, compare_report
-from lrmil.evaluation.predictions import Predictions
 from lrmil.mil import create_head, head_cards
+from lrmil.pipeline.cohort import brings_features_alone, settings_cohort
 from lrmil.pipeline.config import RunSettings
 from lrmil.pipeline.context import Split
 from lrmil.pipeline.distill import stored_student
-from lrmil.pipeline.evaluate import LRMIL, MAJORITY, TestPredictions, terminal_lines
+from lrmil.pipeline.evaluate import TestPredictions, terminal_lines
+from lrmil.pipeline.feature_study import FeatureStudy
 from lrmil.pipeline.heads import Outputs, slide_bag, stored_head
 from lrmil.pipeline.jobs import HeadJob, do_jobs, job_outputs, workers_for
-from lrmil.pipeline.keys import features_of, head_key, outputs_key, results_key
-from lrmil.pipeline.methods import Method, methods_named
+from lrmil.pipeline.keys import head_key, outputs_key, results_key
+from lrmil.pipeline.methods import Method, for_features, methods_named, reference_of
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.run import Outcome, mean_cost
 from lrmil.pipeline.selective import selective_outputs, stored_selective_head, time_selective
@@ -27,43 +28,60 @@ from lrmil.pipeline.study import Study
 from lrmil.pipeline.timing import time_answers
 from lrmil.settings import fingerprint
 from lrmil.training.seeds import derive_seed
-from lrmil.training.stage2 import TeacherSettings
+from lrmil.training.stage2 import TeacherSettings, trainable_head
+
+AnyStudy = Study | FeatureStudy
 
 
 def compare(settings: RunSettings, reporter: Reporter) -> Outcome:
     """Train every method of `settings.compare` on every fold with every seed, score them, and write compare/.
 
     Whatever is done is kept: a second call trains what is missing, and methods may be added later. `lrmil run` with
-    the same config shares tiles, features, stage 1, teacher and student.
+    the same config shares tiles, features, stage 1, teacher and student. A cohort that brings features and no slides is
+    compared on those, by the methods that see one scale, without costs.
 
     Raises:
         ConfigError, CohortError, EncoderError, HeadError: nothing can be done, or a method does not exist. Slides that
             fail do not raise; see `Outcome`.
     """
-    methods = methods_named(settings.compare.methods)
-    choosers = tuple(m.head for m in methods if m.sees == "chosen")
-    study = Study.begin(settings, reporter, choosers=choosers)
+    cohort = settings_cohort(settings)
+    alone = brings_features_alone(cohort)
+    if alone:
+        settings = for_features(settings, reporter)
+    methods = methods_named(settings.compare.methods, settings.cohort.kind)
+    reference = reference_of(settings.compare.reference, methods, features_alone=alone)
+    study: AnyStudy
+    if alone:
+        coordinates = any(":" in m.head for m in methods)
+        study = FeatureStudy.begin(settings, cohort, reporter, coordinates=coordinates)
+    else:
+        choosers = tuple(m.head for m in methods if m.sees == "chosen")
+        study = Study.begin(settings, reporter, choosers=choosers)
     _require_heads(study, methods)
     folder = study.run.folder
     key = fingerprint(results_key(study.run), settings.compare)
     if folder.done_facts(folder.comparison).get("key") != key:
         shutil.rmtree(folder.comparison, ignore_errors=True)
-    for stage in ("tile", "encode"):
-        study.do(stage)
-    found: dict[str, list[Predictions]] = {}
+    study.prepare()
+    found: dict[str, list[Scored]] = {}
+    thresholds: dict[str, dict[tuple[int, int], float]] = {}
     for each in _studies(study):
-        for method, predictions in _predictions(each, methods).items():
+        answered = _predictions(each, methods)
+        for method, predictions in answered.all().items():
             found.setdefault(method, []).append(predictions)
-    costs = _measure(study, methods)
+        for method, limits in answered.thresholds.items():
+            thresholds.setdefault(method, {}).update(limits)
+    costs = _measure(study, methods) if isinstance(study, Study) else {}
     comparison = compare_report(
         {title: concatenate(parts) for title, parts in found.items()},
-        reference=LRMIL,
+        reference=reference.title,
         dataset=study.run.cohort.name,
         task=settings.cohort.task,
         groups={m.title: m.group for m in methods},
         costs=costs,
         seed=settings.evaluation.seed,
         resamples=settings.evaluation.bootstrap,
+        thresholds=thresholds,
     )
     with reporter.stage("report", "Writing the comparison"):
         comparison.write(folder.comparison)
@@ -72,7 +90,7 @@ def compare(settings: RunSettings, reporter: Reporter) -> Outcome:
     return Outcome(folder, study.run.failures, _summary(comparison, study))
 
 
-def _studies(study: Study) -> list[Study]:
+def _studies(study: AnyStudy) -> Sequence[AnyStudy]:
     """Return the run itself under each seed."""
     s = study.run.settings
     return [
@@ -81,14 +99,14 @@ def _studies(study: Study) -> list[Study]:
     ]
 
 
-def _predictions(study: Study, methods: Sequence[Method]) -> dict[str, Predictions]:
+def _predictions(study: AnyStudy, methods: Sequence[Method]) -> TestPredictions:
     """Train with one seed; return what each method says about the test slides of every fold."""
     run, found = study.run, TestPredictions(study.run)
     sees = {m.sees for m in methods}
-    if "lrmil" in sees:
+    if "lrmil" in sees and isinstance(study, Study):
         for stage in ("distill", "teacher", "student"):
             study.do(stage)
-    jobs = {m.name: _jobs(study, m) for m in methods if m.sees == "hr"}
+    jobs = {m.name: _jobs(study, m, found) for m in methods if m.sees == "hr"}
     workers = workers_for(run, run.settings.compare.jobs)
     count = sum(map(len, jobs.values()))
     if count:
@@ -96,58 +114,64 @@ def _predictions(study: Study, methods: Sequence[Method]) -> dict[str, Predictio
             do_jobs(run, [job for own in jobs.values() for job in own], workers)
     for method in methods:
         for number, split in enumerate(study.folds):
-            if method.title == MAJORITY:
-                found.add_majority(split)
+            if method.sees == "nothing":
+                found.add_constant(split)
             elif method.sees == "hr":
                 found.add(method.title, split, job_outputs(jobs[method.name][number]))
-            elif method.sees == "chosen":
-                found.add(method.title, split, _chosen(study, method, split))
-            elif method.sees == "lr":
-                answers = lr_only_outputs(run, split, study.frozen_lr_bags, study.frozen_lr_encoder)
-                found.add(method.title, split, answers)
-            elif method.sees == "lrmil":
-                found.add(method.title, split, study.student(split))
-    return found.all()
+            elif isinstance(study, Study):
+                found.add(method.title, split, _of_slides(study, method, split, found.asked(split)))
+    return found
 
 
-def _jobs(study: Study, method: Method) -> list[HeadJob]:
+def _of_slides(study: Study, method: Method, split: Split, asked: Sequence[str]) -> Outputs:
+    """Return what a method says that needs more than the 20x features."""
+    if method.sees == "chosen":
+        return _chosen(study, method, split, asked)
+    if method.sees == "lr":
+        return lr_only_outputs(study.run, split, study.frozen_lr_bags, study.frozen_lr_encoder)
+    return study.student(split)
+
+
+def _jobs(study: AnyStudy, method: Method, found: TestPredictions) -> list[HeadJob]:
     """Return the training of a head on 20x features, for every fold."""
     run = study.run
-    features, settings = features_of(run, study.encoder), _settings(study, method)
+    features, settings = study.features, _settings(study, method)
     jobs = []
     for split in study.folds:
         key = head_key(run, split, features, method.name, settings)
-        train, val, test = (tuple(slide_bag(run, study.hr_bags[s], s) for s in split.of(p)) for p in _PARTS)
+        to_answer = found.asked(split)
+        train, val, asked = (
+            tuple(slide_bag(run, study.hr_bags[s], s) for s in slides) for slides in (split.train, split.val, to_answer)
+        )
         jobs.append(
             HeadJob(
                 title=f"{method.title}, {split.title}",
                 step=run.folder.fold(split.name) / "heads" / method.name.replace(":", "_"),
                 key=key,
-                outputs_key=outputs_key(run, key, split.test),
+                outputs_key=outputs_key(run, key, to_answer),
                 settings=settings,
-                num_classes=len(run.cohort.classes),
+                objective=run.objective,
                 # The seed of teacher and student too: ABMIL is the teacher, bit for bit, if the teacher is an ABMIL.
                 seed=derive_seed(run.settings.seed, split.name, "head"),
                 device=str(run.device),
                 train=train,
                 val=val,
-                test=test,
+                asked=asked,
             )
         )
     return jobs
 
 
-_PARTS = ("train", "val", "test")
-
-
-def _chosen(study: Study, method: Method, split: Split) -> Outputs:
-    """Train a head that chooses its patches on one fold; return what it says about the test slides."""
+def _chosen(study: Study, method: Method, split: Split, asked: Sequence[str]) -> Outputs:
+    """Train a head that chooses its patches on one fold; return what it says about the slides `asked`."""
     sources = study.sources(method.head)
     settings = _settings(study, method)
-    return selective_outputs(study.run, split, sources, method.name, settings, study.encoder, title=method.title)
+    return selective_outputs(
+        study.run, split, sources, method.name, settings, study.encoder, title=method.title, slides=asked
+    )
 
 
-def _settings(study: Study, method: Method) -> TeacherSettings:
+def _settings(study: AnyStudy, method: Method) -> TeacherSettings:
     """Return how a baseline is trained: like the teacher but for its head, or by its own program's recipe."""
     s = study.run.settings
     head = {"name": method.head, "options": _options(s, method)}
@@ -158,13 +182,19 @@ def _options(settings: RunSettings, method: Method) -> dict[str, Any]:
     return {**method.options, **settings.compare.options.get(method.name, {})}
 
 
-def _require_heads(study: Study, methods: Sequence[Method]) -> None:
-    """Build every head once, so that a wrong name or option is told of before anything is computed."""
+def _require_heads(study: AnyStudy, methods: Sequence[Method]) -> None:
+    """Build every head once, so that a wrong name or option, or a task that a head cannot learn, is told of before
+    anything is computed.
+    """
     known = {card.name for card in head_cards()}
     for method in methods:
         if method.head in known or ":" in method.head:
-            options = _options(study.run.settings, method)
-            create_head(method.head, study.encoder.embed_dim, len(study.run.cohort.classes), **options)
+            try:
+                head = trainable_head(_settings(study, method), study.run.objective)
+            except ConfigError as error:
+                fix = f"{error.fix or ''} Or leave it out of compare.methods.".strip()
+                raise ConfigError(f"compare.methods, {method.name}: {error.message}", fix=fix) from error
+            create_head(head.name, study.width, study.run.objective.outputs, **head.options)
     unknown = sorted(set(study.run.settings.compare.options) - {m.name for m in methods})
     if unknown:
         raise HeadError(
@@ -205,7 +235,7 @@ def _cost(study: Study, method: Method, split: Split, entries: Sequence[Any]) ->
     return mean_cost(time_answers(run, method.title, entries, encoder, head, "lr"))
 
 
-def _summary(comparison: Comparison, study: Study) -> list[str]:
+def _summary(comparison: Comparison, study: AnyStudy) -> list[str]:
     tables: Mapping[str, Any] = comparison.tables()
     lines = terminal_lines(comparison.results_table())
     lines += ["", *terminal_lines(comparison.differences_table())] if len(tables) > 1 else []

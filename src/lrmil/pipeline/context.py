@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -16,6 +17,9 @@ from lrmil.pipeline.config import RunSettings
 from lrmil.pipeline.folder import Failure, RunFolder
 from lrmil.pipeline.reporting import Reporter
 from lrmil.slides import Slide, open_slide
+from lrmil.tasks import TaskKind
+from lrmil.training.objectives import Objective, make_objective
+from lrmil.training.slide_bags import FloatArray
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,15 @@ class Split:
         return parts[part]
 
 
+class Truth(TypedDict):
+    """What is to be learned of a slide; one of the two is None."""
+
+    label: int | None
+    """class index"""
+    target: FloatArray | float | None
+    """the number of a regression, or (2,) time and event of survival"""
+
+
 @dataclass
 class Run:
     """Settings, folder, cohort and reporter of one run, and the failures so far."""
@@ -83,6 +96,22 @@ class Run:
     def device(self) -> torch.device:
         """Where encoders and heads are trained and applied."""
         return pick_device(self.settings.device)
+
+    @property
+    def kind(self) -> TaskKind:
+        """What is asked of a slide: a class, a number, or survival."""
+        return self.cohort.task().kind
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What heads are trained for."""
+        return make_objective(self.kind, len(self.cohort.classes), self.settings.objective)
+
+    def truth(self, slide_id: str) -> Truth:
+        """Return what is to be learned of a slide: `label`, or where there are no classes `target`."""
+        if self.kind == "classification":
+            return {"label": self.cohort.label_of(slide_id), "target": None}
+        return {"label": None, "target": self.cohort.target_of(slide_id)}
 
     def entry(self, slide_id: str) -> SlideEntry:
         """Return a slide of the cohort, whether it has failed or not."""

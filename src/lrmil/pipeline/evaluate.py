@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,20 +16,27 @@ from lrmil.evaluation import (
     Cost,
     Interval,
     Predictions,
+    Scored,
     TextTable,
+    Values,
     paired_bootstrap,
     result_row,
     results_frame,
     text_table,
     write_results,
 )
+from lrmil.evaluation.metrics import MAIN, SHOWN
+from lrmil.evaluation.survival import Thresholds
 from lrmil.evaluation.table_formats import to_markdown, to_rich
 from lrmil.files import write_text
+from lrmil.pipeline.baselines import CONSTANT_RISK, MAJORITY, TRAINING_MEAN, constant_answer, constant_title
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.heads import Outputs
+from lrmil.tasks import TaskKind
+from lrmil.training.predict import BagPrediction
 
 TEACHER, LRMIL, LR_ONLY = "HR teacher", "LRMIL", "LR without distillation"
-RANDOM, COLOUR, MAJORITY = "Random encoder", "Colour histogram", "Majority class"
+RANDOM, COLOUR = "Random encoder", "Colour histogram"
 GROUPS = {
     TEACHER: "Full HR",
     LRMIL: "Ours",
@@ -36,6 +44,8 @@ GROUPS = {
     RANDOM: "LR only",
     COLOUR: "Reference",
     MAJORITY: "Reference",
+    TRAINING_MEAN: "Reference",
+    CONSTANT_RISK: "Reference",
 }
 
 
@@ -47,40 +57,65 @@ class TestPredictions:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._rows: dict[str, list[tuple[str, int, npt.NDArray[np.floating]]]] = {}
+        self.thresholds: dict[str, dict[tuple[int, int], float]] = {}
+        """Survival: for each method that has a head the median risk of each (fold, seed)'s training patients"""
+
+    def asked(self, split: Split) -> tuple[str, ...]:
+        """Return the slides of a fold that `add` wants answers for: those of its test; for survival, where risk groups
+        are divided at the median of the training patients, those, too.
+        """
+        return (*split.train, *split.test) if self._run.kind == "survival" else split.test
 
     def add(self, method: str, split: Split, outputs: Outputs) -> None:
-        """Add a head's probabilities for the test slides of a fold, which must be in `outputs`, all of them."""
-        self.add_rows(method, split, {s: outputs[s].probabilities for s in split.test})
+        """Add a head's answers for the test slides of a fold; all slides of `asked` must be in `outputs`."""
+        self.add_rows(method, split, {s: _answer(outputs[s]) for s in split.test})
+        if self._run.kind == "survival":
+            risks = {s: outputs[s].value for s in split.train}
+            cell = int(split.name), self._run.settings.seed
+            self.thresholds.setdefault(method, {})[cell] = median_of_patients(self._run, risks)
 
-    def add_rows(self, method: str, split: Split, probabilities: Mapping[str, npt.NDArray[np.floating]]) -> None:
-        """Add probabilities (C,) for the test slides of a fold."""
+    def add_rows(self, method: str, split: Split, answers: Mapping[str, npt.NDArray[np.floating]]) -> None:
+        """Add answers for the test slides of a fold: probabilities (C,), or a number or risk ()."""
         rows = self._rows.setdefault(method, [])
-        rows += [(slide, int(split.name), p) for slide, p in probabilities.items()]
+        rows += [(slide, int(split.name), answer) for slide, answer in answers.items()]
 
-    def add_majority(self, split: Split) -> None:
-        """Add the constant answer: the shares of the classes in the fold's training split."""
-        cohort = self._run.cohort
-        labels = [cohort.label_of(s) for s in split.train]
-        counts = np.bincount(labels, minlength=len(cohort.classes))
-        self.add_rows(MAJORITY, split, {s: counts / counts.sum() for s in split.test})
+    def add_constant(self, split: Split) -> None:
+        """Add the answer that looks at no slide, see `constant_answer`."""
+        answer = constant_answer(self._run, split)
+        self.add_rows(constant_title(self._run.kind), split, dict.fromkeys(split.test, answer))
 
-    def of(self, method: str) -> Predictions:
+    def of(self, method: str) -> Scored:
         """Return all test predictions of a method."""
         cohort = self._run.cohort
-        slides, folds, probabilities = zip(*self._rows[method], strict=True)
-        return Predictions.of(
-            slide_ids=slides,
-            patient_ids=[cohort.patient_of(s) for s in slides],
-            labels=[cohort.label_of(s) for s in slides],
-            probabilities=np.stack(probabilities).astype(np.float64),
-            class_names=cohort.classes,
-            folds=folds,
-            seeds=[self._run.settings.seed] * len(slides),
-        )
+        slides, folds, answers = zip(*self._rows[method], strict=True)
+        whose: dict[str, Any] = {
+            "slide_ids": slides,
+            "patient_ids": [cohort.patient_of(s) for s in slides],
+            "folds": folds,
+            "seeds": [self._run.settings.seed] * len(slides),
+        }
+        said = np.stack(answers).astype(np.float64)
+        if self._run.kind != "classification":
+            return Values.of(targets=np.stack([cohort.target_of(s) for s in slides]), predicted=said, **whose)
+        labels = [cohort.label_of(s) for s in slides]
+        return Predictions.of(labels=labels, probabilities=said, class_names=cohort.classes, **whose)
 
-    def all(self) -> dict[str, Predictions]:
+    def all(self) -> dict[str, Scored]:
         """Return the predictions of every method."""
         return {method: self.of(method) for method in self._rows}
+
+
+def median_of_patients(run: Run, risks: Mapping[str, float | None]) -> float:
+    """Return the median over patients of the mean risk of their slides."""
+    of_patient: dict[str, list[float]] = {}
+    for slide, risk in risks.items():
+        assert risk is not None, f"{slide} has no risk"
+        of_patient.setdefault(run.cohort.patient_of(slide), []).append(risk)
+    return float(np.median([np.mean(own) for own in of_patient.values()]))
+
+
+def _answer(output: BagPrediction) -> npt.NDArray[np.floating]:
+    return output.probabilities if output.value is None else np.float64(output.value).reshape(())
 
 
 @dataclass(frozen=True)
@@ -91,17 +126,30 @@ class Scores:
     """one row a method, see `evaluation.tables`"""
     table: TextTable
     gain: Interval | None
-    """LRMIL less LR without distillation, AUC"""
+    """LRMIL less LR without distillation, in the main metric of the task"""
     gap: Interval | None
-    """LRMIL less the HR teacher, AUC"""
-    predictions: dict[str, Predictions]
+    """LRMIL less the HR teacher, in the main metric of the task"""
+    predictions: dict[str, Scored]
+    thresholds: Mapping[str, Thresholds]
+    """Survival: where risk groups of a method are divided in each fold; empty otherwise"""
+
+    @property
+    def kind(self) -> TaskKind:
+        """Of the task."""
+        return next(iter(self.predictions.values())).kind
 
     def table_lines(self) -> list[str]:
         """Return the table for a terminal."""
         return terminal_lines(self.table)
 
 
-def score_methods(run: Run, predictions: Mapping[str, Predictions], costs: Mapping[str, Cost], dataset: str) -> Scores:
+def score_methods(
+    run: Run,
+    predictions: Mapping[str, Scored],
+    costs: Mapping[str, Cost],
+    dataset: str,
+    thresholds: Mapping[str, Thresholds] | None = None,
+) -> Scores:
     """Score every method; write tables/: results.csv, results.md, and the predictions of each method.
 
     Predictions of methods that are no longer asked for are removed: tables/ holds what one config gave.
@@ -116,7 +164,7 @@ def score_methods(run: Run, predictions: Mapping[str, Predictions], costs: Mappi
             group=GROUPS.get(method, "Other"),
             seed=e.seed,
             resamples=e.bootstrap,
-            metrics=("acc", "balanced_acc", "auc"),
+            metrics=SHOWN[run.kind],
             cost=costs.get(method),
         )
         for method, found in predictions.items()
@@ -140,14 +188,15 @@ def score_methods(run: Run, predictions: Mapping[str, Predictions], costs: Mappi
         gain=_difference(run, predictions, LR_ONLY),
         gap=_difference(run, predictions, TEACHER),
         predictions=dict(predictions),
+        thresholds=dict(thresholds or {}),
     )
 
 
-def _difference(run: Run, predictions: Mapping[str, Predictions], other: str) -> Interval | None:
+def _difference(run: Run, predictions: Mapping[str, Scored], other: str) -> Interval | None:
     if other not in predictions or LRMIL not in predictions:
         return None
     e = run.settings.evaluation
-    return paired_bootstrap(predictions[LRMIL], predictions[other], "auc", seed=e.seed, resamples=e.bootstrap)
+    return paired_bootstrap(predictions[LRMIL], predictions[other], MAIN[run.kind], seed=e.seed, resamples=e.bootstrap)
 
 
 def terminal_lines(table: TextTable) -> list[str]:

@@ -14,15 +14,17 @@ from lrmil.bags import Bag, read_bag
 from lrmil.files import atomic_path, read_json, write_json, write_tensors
 from lrmil.mil import MILHead, create_head
 from lrmil.mil.base import Head
+from lrmil.mil.readout import Readout
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.folder import RunFolder
 from lrmil.pipeline.keys import outputs_key
 from lrmil.pipeline.reporting import without_python_warnings
-from lrmil.training.loop import OnEpoch
+from lrmil.training.loop import FitResult, OnEpoch
 from lrmil.training.stage2 import BagPrediction, SlideBag, TrainedHead, predict_bags
 
 Outputs = dict[str, BagPrediction]
 """what a head says, by slide id"""
+_READOUT = "readout.json"
 Train = Callable[[Sequence[SlideBag], Sequence[SlideBag], OnEpoch], TrainedHead]
 
 
@@ -42,7 +44,10 @@ def head_outputs(
     outputs = load_outputs(step, wanted)
     if outputs is None:
         predictions = predict_bags(
-            stored_head(step), [slide_bag(run, bag, s) for s, bag in bags.items()], device=run.device
+            stored_head(step),
+            [slide_bag(run, bag, s) for s, bag in bags.items()],
+            device=run.device,
+            readout=stored_readout(step),
         )
         store_outputs(predictions, step, wanted)
         outputs = {p.slide_id: p for p in predictions}
@@ -51,7 +56,7 @@ def head_outputs(
 
 def slide_bag(run: Run, bag: Bag, slide_id: str) -> SlideBag:
     """Return a bag as the training loop wants it."""
-    return SlideBag(slide_id, bag.features, run.cohort.label_of(slide_id), bag.coords_l0)
+    return SlideBag(slide_id, bag.features, coords=bag.coords_l0, **run.truth(slide_id))
 
 
 def read_bags(paths: Mapping[str, Path]) -> dict[str, Bag]:
@@ -59,9 +64,13 @@ def read_bags(paths: Mapping[str, Path]) -> dict[str, Bag]:
     return {slide_id: read_bag(path, layers=()) for slide_id, path in paths.items()}
 
 
-def store_head(head: Head, folder: Path) -> None:
-    """Write head.safetensors and head.json."""
+def store_head(head: Head, folder: Path, readout: Readout | None = None) -> None:
+    """Write head.safetensors and head.json; and readout.json, where the logits do not stand for classes."""
     write_json(folder / "head.json", head.describe())
+    if readout is None or readout.meaning == "classification":
+        (folder / _READOUT).unlink(missing_ok=True)
+    else:
+        write_json(folder / _READOUT, readout.model_dump(mode="json"))
     write_tensors(folder / "head.safetensors", head.state_dict())
 
 
@@ -72,17 +81,30 @@ def stored_head(folder: Path) -> MILHead:
     return head.eval()
 
 
+def stored_readout(folder: Path) -> Readout:
+    """Return how the logits of a stored head are read."""
+    path = folder / _READOUT
+    return Readout.model_validate(read_json(path)) if path.is_file() else Readout()
+
+
+def best_score(fit: FitResult) -> dict[str, float]:
+    """Return what the best epoch reached on the validation slides, by the name that done.json gives it."""
+    best = fit.best
+    classes = best.name == "auc" or "auc" in best.details
+    return {"val_auc": best.auc} if classes else {f"val_{best.name}": best.score}
+
+
 def store_trained(
     folder: RunFolder, step: Path, key: str, trained: TrainedHead, epochs: Sequence[Mapping[str, Any]]
 ) -> None:
     """Write head.safetensors, head.json, history.json, and last done.json."""
     fit = trained.fit
-    store_head(trained.head, step)
+    store_head(trained.head, step, trained.readout)
     write_json(
         step / "history.json",
         {"epochs": epochs, "best_epoch": fit.best_epoch, "selected_by": fit.selected_by, "notes": fit.notes},
     )
-    folder.mark_done(step, key, best_epoch=fit.best_epoch, val_auc=fit.best.auc, seconds=round(fit.seconds, 2))
+    folder.mark_done(step, key, best_epoch=fit.best_epoch, **best_score(fit), seconds=round(fit.seconds, 2))
 
 
 def _train_and_store(
@@ -101,7 +123,7 @@ def _train_and_store(
     for note in fit.notes:
         run.reporter.warn(f"{title}: {note}")
     store_trained(run.folder, step, key, trained, epochs)
-    run.reporter.event("head trained", step=str(step), best_epoch=fit.best_epoch, val_auc=fit.best.auc)
+    run.reporter.event("head trained", step=str(step), best_epoch=fit.best_epoch, **best_score(fit))
 
 
 def store_outputs(outputs: Sequence[BagPrediction], step: Path, key: str) -> None:
@@ -118,6 +140,12 @@ def store_outputs(outputs: Sequence[BagPrediction], step: Path, key: str) -> Non
         "attention_logits": np.concatenate(logits),
         "attention": np.concatenate(attention),
     }
+    values = [o.value for o in outputs if o.value is not None]
+    if values:
+        arrays["values"] = np.array(values, dtype=np.float64)
+    curves = [o.survival for o in outputs if o.survival is not None]
+    if curves:
+        arrays["survival"] = np.stack(curves)
     with atomic_path(step / "outputs.npz") as scratch:
         np.savez(scratch, allow_pickle=False, **arrays)
 
@@ -141,5 +169,7 @@ def load_outputs(step: Path, key: str) -> Outputs | None:
             probabilities=arrays["probabilities"][row],
             attention_logits=logits if len(logits) else None,
             attention=attention if len(attention) else None,
+            value=float(arrays["values"][row]) if "values" in arrays else None,
+            survival=arrays["survival"][row] if "survival" in arrays else None,
         )
     return found

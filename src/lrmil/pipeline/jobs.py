@@ -12,7 +12,8 @@ import torch
 from joblib import Parallel, delayed
 
 from lrmil.pipeline.context import Run
-from lrmil.pipeline.heads import Outputs, load_outputs, store_outputs, store_trained, stored_head
+from lrmil.pipeline.heads import Outputs, load_outputs, store_outputs, store_trained, stored_head, stored_readout
+from lrmil.training.objectives import Objective
 from lrmil.training.stage2 import SlideBag, TeacherSettings, predict_bags, train_teacher
 
 
@@ -28,12 +29,12 @@ class HeadJob:
     outputs_key: str
     """What its answers depend on"""
     settings: TeacherSettings
-    num_classes: int
+    objective: Objective
     seed: int
     device: str
     train: tuple[SlideBag, ...]
     val: tuple[SlideBag, ...]
-    test: tuple[SlideBag, ...]
+    asked: tuple[SlideBag, ...]
     """What it answers"""
 
 
@@ -44,7 +45,8 @@ class JobReport:
     title: str
     notes: tuple[str, ...]
     best_epoch: int
-    val_auc: float
+    score: dict[str, float]
+    """of the best epoch on the validation slides, by name"""
 
 
 def workers_for(run: Run, wanted: int) -> int:
@@ -65,12 +67,12 @@ def do_jobs(run: Run, jobs: Sequence[HeadJob], workers: int) -> None:
         for report in _reports(waiting, min(workers, max(1, len(waiting)))):
             for note in report.notes:
                 run.reporter.warn(f"{report.title}: {note}")
-            run.reporter.event("head trained", head=report.title, best_epoch=report.best_epoch, val_auc=report.val_auc)
+            run.reporter.event("head trained", head=report.title, best_epoch=report.best_epoch, **report.score)
             progress.advance(note=report.title)
 
 
 def job_outputs(job: HeadJob) -> Outputs:
-    """Return what the head of a finished job says about its test slides."""
+    """Return what the head of a finished job says about the slides that it is asked about."""
     outputs = load_outputs(job.step, job.outputs_key)
     assert outputs is not None, f"{job.title} was not done"
     return outputs
@@ -91,7 +93,7 @@ def do_job(job: HeadJob) -> JobReport:
                 job.train,
                 job.val,
                 job.settings,
-                num_classes=job.num_classes,
+                objective=job.objective,
                 seed=job.seed,
                 device=job.device,
                 on_epoch=epochs.append,
@@ -100,8 +102,10 @@ def do_job(job: HeadJob) -> JobReport:
         store_trained(folder, job.step, job.key, trained, epochs)
     facts = folder.done_facts(job.step)
     if load_outputs(job.step, job.outputs_key) is None:
-        store_outputs(predict_bags(stored_head(job.step), job.test, device=job.device), job.step, job.outputs_key)
-    return JobReport(job.title, notes, facts["best_epoch"], facts["val_auc"])
+        head, readout = stored_head(job.step), stored_readout(job.step)
+        store_outputs(predict_bags(head, job.asked, device=job.device, readout=readout), job.step, job.outputs_key)
+    score = {name: value for name, value in facts.items() if name.startswith("val_")}
+    return JobReport(job.title, notes, facts["best_epoch"], score)
 
 
 def _reports(jobs: Sequence[HeadJob], workers: int) -> Iterator[JobReport]:

@@ -14,11 +14,14 @@ Test slides and their labels stand in no key of a trained part: what does not ch
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
+
+import numpy as np
 
 from lrmil.encoders import Encoder
 from lrmil.errors import NotASlide
+from lrmil.pipeline.config import decisive_settings
 from lrmil.pipeline.context import Run, SlideEntry, Split
 from lrmil.settings import fingerprint
 from lrmil.training.stage2 import TeacherSettings
@@ -84,11 +87,10 @@ def outputs_key(run: Run, head_key: str, slides: Collection[str]) -> str:
 def results_key(run: Run) -> str:
     """Return what tables, report and model depend on, as far as it is known before anything is made."""
     s = run.settings
-    settings = s.model_dump(
-        mode="json", exclude={"out", "device", "threads", "memory_gb", "deploy", "targets", "compare"}
-    )
+    settings = decisive_settings(s, {"out", "device", "threads", "memory_gb", "deploy", "targets", "compare"})
     table = run.cohort.labelled()
-    slides = zip(table["slide_id"], table["patient_id"], table[s.cohort.task], strict=True)
+    truths = table[s.cohort.task] if run.kind == "classification" else _targets(run, table["slide_id"]).values()
+    slides = zip(table["slide_id"], table["patient_id"], truths, strict=True)
     files = {entry.slide_id: _known_identity(entry) for entry in run.all_entries()}
     return fingerprint(settings, [[str(value) for value in row] for row in slides], files)
 
@@ -104,8 +106,15 @@ def _learned_from(run: Run, split: Split) -> dict[str, dict[str, str]]:
     return {part: {slide: tile_key(run, run.entry(slide)) for slide in split.of(part)} for part in ("train", "val")}
 
 
+def _targets(run: Run, slides: Iterable[str]) -> dict[str, Any]:
+    return {slide: np.asarray(run.cohort.target_of(slide)).tolist() for slide in slides}
+
+
 def _labels(run: Run, split: Split) -> dict[str, Any]:
     cohort = run.cohort
+    if run.kind != "classification":
+        learned = (*split.train, *split.val)
+        return {"kind": run.kind, "objective": run.settings.objective.model_dump(), "targets": _targets(run, learned)}
     return {
         "task": run.settings.cohort.task,
         "classes": cohort.classes,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lrmil.errors import ConfigError
-from lrmil.pipeline.evaluate import GROUPS, LR_ONLY, LRMIL, MAJORITY
+from lrmil.pipeline.baselines import MAJORITY, constant_title
+from lrmil.pipeline.config import RunSettings
+from lrmil.pipeline.evaluate import GROUPS, LR_ONLY, LRMIL
+from lrmil.pipeline.reporting import Reporter
+from lrmil.tasks import TaskKind
 
 Sees = Literal["nothing", "hr", "chosen", "lr", "lrmil"]
 """hr: all 20x patches. chosen: patches that the method chooses itself. lr: 5x by the frozen encoder. lrmil: the whole
@@ -54,11 +58,13 @@ METHODS: tuple[Method, ...] = (
 _OF_TORCHMIL = "torchmil:"
 
 
-def methods_named(names: Sequence[str]) -> tuple[Method, ...]:
+def methods_named(names: Sequence[str], kind: TaskKind = "classification") -> tuple[Method, ...]:
     """Return the methods of these names, in the order of `METHODS`; `torchmil:CLASS` is that class on 20x patches.
 
+    `majority` is the answer that looks at no slide: where no classes are asked for, it has another title.
+
     Raises:
-        ConfigError: there is no such method, or LRMIL is missing, which all others are compared with.
+        ConfigError: there is no such method.
     """
     known = {method.name: method for method in METHODS}
     wrong = [n for n in names if n not in known and not n.startswith(_OF_TORCHMIL)]
@@ -67,11 +73,44 @@ def methods_named(names: Sequence[str]) -> tuple[Method, ...]:
             f"compare.methods: there is no method {wrong[0]!r}.",
             fix=f"Choose from {', '.join(known)}, or {_OF_TORCHMIL}CLASS.",
         )
-    if LRMIL not in {known[n].title for n in names if n in known}:
-        raise ConfigError(
-            "compare.methods: lrmil is missing, with which all others are compared.", fix="Add lrmil to the list."
-        )
-    chosen = [method for method in METHODS if method.name in names]
+    chosen = [m if m.sees != "nothing" else replace(m, title=constant_title(kind)) for m in METHODS if m.name in names]
     foreign = [n for n in dict.fromkeys(names) if n not in known]
     own = [Method(n, n.removeprefix(_OF_TORCHMIL), "Full HR", "hr", n, in_paper=False) for n in foreign]
     return (*chosen, *own)
+
+
+def reference_of(name: str | None, methods: Sequence[Method], *, features_alone: bool = False) -> Method:
+    """Return the method that all others are compared with: `name`, or by default LRMIL; ABMIL where LRMIL cannot be.
+
+    Raises:
+        ConfigError: it is not among the methods, or there is no other.
+    """
+    wanted = name or ("abmil" if features_alone else "lrmil")
+    found = next((m for m in methods if m.name == wanted), None)
+    if found is None:
+        raise ConfigError(
+            f"compare.methods: {wanted} is missing, with which all others are compared.",
+            fix=f"Add {wanted} to the list, or name another method as compare.reference.",
+        )
+    if len(methods) < 2:
+        raise ConfigError(f"compare.methods: there is only {wanted}, and nothing to compare it with.", fix="Add some.")
+    return found
+
+
+def for_features(settings: RunSettings, reporter: Reporter) -> RunSettings:
+    """Return settings for a cohort without slides. Of the default list, methods that need slides are left out.
+
+    Raises:
+        ConfigError: names the methods that were asked for and need slides.
+    """
+    needing = {m.name for m in METHODS if m.sees not in ("nothing", "hr")}
+    refused = [n for n in settings.compare.methods if n in needing]
+    if refused and "methods" in settings.compare.model_fields_set:
+        raise ConfigError(
+            f"compare.methods: {', '.join(refused)} need slides, and the cohort brings features alone.",
+            fix="Leave them out, or add a column path.",
+        )
+    if refused:
+        reporter.line(f"Features alone: {', '.join(refused)} need slides and are left out.")
+    kept = [n for n in settings.compare.methods if n not in needing]
+    return settings.model_copy(update={"compare": settings.compare.model_copy(update={"methods": kept})})

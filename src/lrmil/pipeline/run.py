@@ -11,7 +11,7 @@ from lrmil.bags import Bag
 from lrmil.encoders import create_encoder
 from lrmil.evaluation import Cost
 from lrmil.evaluation.report import Picture
-from lrmil.pipeline.baselines import colour_probabilities
+from lrmil.pipeline.baselines import colour_answers
 from lrmil.pipeline.config import RunSettings
 from lrmil.pipeline.deploy import write_model
 from lrmil.pipeline.distill import stored_student
@@ -71,7 +71,7 @@ def run_all(
     others = _baselines(study, found)
     costs = _measure(study)
     dataset = run.cohort.name
-    scores = score_methods(run, found.all(), {m: mean_cost(c) for m, c in costs.items()}, dataset)
+    scores = score_methods(run, found.all(), {m: mean_cost(c) for m, c in costs.items()}, dataset, found.thresholds)
     with reporter.stage("report", "Drawing the report"):
         pictures = _pictures(study, others)
         report = write_run_report(
@@ -114,11 +114,11 @@ def _baselines(study: Study, found: TestPredictions) -> dict[str, tuple[dict[str
     kept: dict[str, tuple[dict[str, Bag], dict[str, Outputs]]] = {}
     if "majority" in wanted:
         for split in study.folds:
-            found.add_majority(split)
+            found.add_constant(split)
     if "colour_histogram" in wanted:
         histograms = {s: study.pixels.colours(s) for s in study.slides}
         for split in study.folds:
-            answers = colour_probabilities(run, split, histograms, split.test)
+            answers = colour_answers(run, split, histograms, split.test)
             found.add_rows(COLOUR, split, dict(zip(split.test, answers, strict=True)))
     if "random_encoder" in wanted:
         seed = run.settings.seed

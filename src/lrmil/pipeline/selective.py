@@ -16,7 +16,15 @@ from lrmil.inference.scales import THUMBNAIL, SlideScales
 from lrmil.inference.selective import answer_slide
 from lrmil.mil import MultiScaleHead, PatchSource
 from lrmil.pipeline.context import Run, SlideEntry, Split
-from lrmil.pipeline.heads import Outputs, load_outputs, store_head, store_outputs, stored_head
+from lrmil.pipeline.heads import (
+    Outputs,
+    best_score,
+    load_outputs,
+    store_head,
+    store_outputs,
+    stored_head,
+    stored_readout,
+)
 from lrmil.pipeline.keys import features_of, head_key, outputs_key
 from lrmil.pipeline.reporting import without_python_warnings
 from lrmil.pipeline.timing import SlideCost, kept_costs, timing_key
@@ -74,7 +82,7 @@ def selective_outputs(
                 train,
                 val,
                 settings,
-                num_classes=len(run.cohort.classes),
+                objective=run.objective,
                 seed=derive_seed(run.settings.seed, split.name, "head"),
                 device=run.device,
                 on_epoch=on_epoch,
@@ -82,20 +90,21 @@ def selective_outputs(
         for name, fit in trained.fits.items():
             for note in fit.notes:
                 run.reporter.warn(f"{title}, step {name}: {note}")
-        store_head(trained.head, step)
+        store_head(trained.head, step, trained.readout)
         steps = {
             name: {"best_epoch": fit.best_epoch, "selected_by": fit.selected_by, "notes": fit.notes}
             for name, fit in trained.fits.items()
         }
         write_json(step / "history.json", {"epochs": epochs, "steps": steps, **list(steps.values())[-1]})
-        best = {"best_epoch": trained.fit.best_epoch, "val_auc": trained.fit.best.auc}
+        best = {"best_epoch": trained.fit.best_epoch, **best_score(trained.fit)}
         run.folder.mark_done(step, key, **best, seconds=round(sum(f.seconds for f in trained.fits.values()), 2))
         run.reporter.event("head trained", head=title, **best)
     asked = split.test if slides is None else slides
     wanted = outputs_key(run, key, asked)
     outputs = load_outputs(step, wanted)
     if outputs is None:
-        predictions = predict_scales(stored_selective_head(run, split, method), _slides(run, asked, sources))
+        head, readout = stored_selective_head(run, split, method), stored_readout(step)
+        predictions = predict_scales(head, _slides(run, asked, sources), readout=readout)
         store_outputs(predictions, step, wanted)
         outputs = {p.slide_id: p for p in predictions}
     return outputs
@@ -165,7 +174,7 @@ def answer_entry(run: Run, entry: SlideEntry, encoder: Encoder, head: MultiScale
 
 
 def _slides(run: Run, slides: Collection[str], sources: Mapping[str, PatchSource]) -> list[SlideSource]:
-    return [SlideSource(slide, sources[slide], run.cohort.label_of(slide)) for slide in slides]
+    return [SlideSource(slide, sources[slide], **run.truth(slide)) for slide in slides]
 
 
 def _checksum(head: MultiScaleHead) -> str:

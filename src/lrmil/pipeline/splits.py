@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import pandas as pd
+
 from lrmil.errors import CohortError
 from lrmil.pipeline.context import Run, Split
 from lrmil.training.clam_splits import read_clam_splits
@@ -16,21 +18,20 @@ def make_splits(run: Run, usable: Collection[str]) -> tuple[list[Split], str]:
 
     The split is by patient and made from the whole cohort, so that a slide which fails does not move the others.
     """
-    table = run.cohort.labelled()
-    task = run.settings.cohort.task
+    table = _stratified(run)
     settings = run.settings.folds
     if settings.clam_splits is not None:
         patient_of = dict(zip(table["slide_id"], table["patient_id"], strict=True))
         splits = read_clam_splits(settings.clam_splits, patient_of)
     else:
-        splits = folds_for(table, task, num_folds=settings.num_folds, seed=settings.seed)
+        splits = folds_for(table, _STRATUM, num_folds=settings.num_folds, seed=settings.seed)
     splits.write(run.folder.splits)
     kept = table[table["slide_id"].isin(list(usable))]
     proof = leakage_proof(
         splits,
         list(kept["patient_id"]),
         list(kept["slide_id"]),
-        list(kept[task]),
+        list(kept[_STRATUM]),
         tested_once=settings.clam_splits is None and "fold" not in table and not fold_columns(table),
     )
     run.reporter.line(proof)
@@ -49,14 +50,24 @@ def make_splits(run: Run, usable: Collection[str]) -> tuple[list[Split], str]:
 
 def deployment_split(run: Run, usable: Collection[str]) -> Split:
     """Return the split of the deployed model: everything trains, except one patient in `num_folds`, who validate."""
-    table = run.cohort.labelled()
+    table = _stratified(run)
     s = run.settings
     splits = final_split(
-        list(table["patient_id"]), list(table[s.cohort.task]), num_folds=s.folds.num_folds, seed=s.folds.seed
+        list(table["patient_id"]), list(table[_STRATUM]), num_folds=s.folds.num_folds, seed=s.folds.seed
     )
     split = _split(run, splits, FINAL, FINAL, "final model", usable)
     _require_parts(run, split)
     return split
+
+
+_STRATUM = "stratum of the task"
+
+
+def _stratified(run: Run) -> pd.DataFrame:
+    """Return the labelled rows with what folds are stratified by: classes, or groups of numbers or of survival."""
+    table = run.cohort.labelled()
+    strata = run.cohort.strata(run.settings.cohort.task, num_folds=run.settings.folds.num_folds)
+    return table.assign(**{_STRATUM: strata[table.index]})
 
 
 def _split(run: Run, splits: Splits, column: str, name: str, title: str, usable: Collection[str]) -> Split:

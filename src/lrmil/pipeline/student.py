@@ -43,7 +43,7 @@ def student_outputs(
             val_bags,
             signals,
             s.student,
-            num_classes=len(run.cohort.classes),
+            objective=run.objective,
             seed=seed,
             device=run.device,
             on_epoch=on_epoch,

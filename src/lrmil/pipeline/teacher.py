@@ -48,7 +48,7 @@ def label_head_outputs(
             train_bags,
             val_bags,
             label_head_settings(run, name),
-            num_classes=len(run.cohort.classes),
+            objective=run.objective,
             seed=seed,
             device=run.device,
             on_epoch=on_epoch,
