@@ -13,7 +13,10 @@ from lrmil.errors import ProvenanceMismatch
 
 SOFTWARE = "software"
 """Versions are noted, never compared: another release of a library alone does not make features stale."""
-_PACKAGES = ("lrmil", "torch", "timm", "numpy", "h5py", "openslide-python", "openslide-bin", "opencv-python-headless")
+_PACKAGES = (
+    *("lrmil", "torch", "timm", "numpy", "h5py", "openslide-python", "openslide-bin"),
+    *("tifffile", "imagecodecs", "simplejpeg", "pillow", "opencv-python-headless"),
+)
 _SHOWN = 60
 
 

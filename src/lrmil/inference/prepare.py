@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import Field
 
 from lrmil.errors import NoTissue, TooManyUnreadable
 from lrmil.geometry import GridSettings, MatchedGrid, SlideScale, match_grids
 from lrmil.settings import Settings
-from lrmil.slides import Overview, Slide
+from lrmil.slides import Overview, Slide, open_slide
 from lrmil.slides.overview import SNAP_FACTOR
 from lrmil.tissue import TissueMask, TissueSettings, find_tissue
 
@@ -24,6 +26,15 @@ class TileSettings(Settings):
     max_unreadable: float = Field(
         0.2, ge=0, le=1, description="share of a slide's patches that may be undecodable before the slide is given up"
     )
+    reader: Literal["auto", "openslide"] = Field(
+        "auto",
+        description="what reads pixels, in training and deployment alike. auto: tiled TIFF and SVS directly, the rest "
+        "by OpenSlide; openslide: all by OpenSlide",
+    )
+
+    def open(self, path: str | os.PathLike[str], mpp: float | None = None) -> Slide:
+        """Open a slide with the reader of these settings; see `open_slide`."""
+        return open_slide(path, mpp=mpp, reader=None if self.reader == "auto" else self.reader)
 
 
 @dataclass(frozen=True)

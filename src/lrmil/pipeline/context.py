@@ -13,10 +13,11 @@ from lrmil.cohorts.table import Cohort
 from lrmil.encoders import Encoder, encoder_from_settings
 from lrmil.errors import NotASlide, SlideError
 from lrmil.inference.predict import pick_device
+from lrmil.inference.prepare import TileSettings
 from lrmil.pipeline.config import RunSettings
 from lrmil.pipeline.folder import Failure, RunFolder
 from lrmil.pipeline.reporting import Reporter
-from lrmil.slides import Slide, open_slide
+from lrmil.slides import Slide
 from lrmil.tasks import TaskKind
 from lrmil.training.objectives import Objective, make_objective
 from lrmil.training.slide_bags import FloatArray
@@ -30,10 +31,12 @@ class SlideEntry:
     path: Path
     mpp: float | None
     """um per level-0 pixel from the cohort table; None: the file says it"""
+    tiles: TileSettings = field(default_factory=TileSettings)
+    """They name the reader"""
 
     def open(self) -> Slide:
         """Open the slide with the cohort's mpp, if the cohort gives one."""
-        return open_slide(self.path, mpp=self.mpp)
+        return self.tiles.open(self.path, mpp=self.mpp)
 
     @cached_property
     def identity(self) -> dict[str, object]:
@@ -144,7 +147,10 @@ class Run:
     def _entries(self) -> dict[str, SlideEntry]:
         table = self.cohort.labelled()
         mpps = table["mpp"] if "mpp" in table else [None] * len(table)
+        tiles = self.settings.tiles
         return {
-            str(slide_id): SlideEntry(str(slide_id), Path(path), None if mpp is None or mpp != mpp else float(mpp))
+            str(slide_id): SlideEntry(
+                str(slide_id), Path(path), None if mpp is None or mpp != mpp else float(mpp), tiles
+            )
             for slide_id, path, mpp in zip(table["slide_id"], table["path"], mpps, strict=True)
         }

@@ -27,10 +27,6 @@ class ReaderCard:
     """Whether `open_slide` asks it without being told to; otherwise it is asked by name only."""
 
 
-DIRECT_TIFF_BY_DEFAULT = False
-"""Whether tiled TIFF and SVS are read directly where nothing else is said. `open_slide(path, reader="tiff")` does so
-anyway, `reader="openslide"` never."""
-
 _CARDS: dict[str, ReaderCard] = {}
 
 
@@ -119,7 +115,6 @@ register_reader(
         licence="Apache-2.0",
         priority=10,
         open=_open_directly,
-        automatic=DIRECT_TIFF_BY_DEFAULT,
     )
 )
 register_reader(
