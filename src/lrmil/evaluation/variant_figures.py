@@ -84,9 +84,11 @@ def variant_lines(
         style_axes(ax, f"{axis} (log scale)", f"{_label(name)}, 95 % interval")
         ax.set_xscale("log", base=2)
         for index, (line, points) in enumerate(lines.items()):
-            # Lines that share a value are set a little apart, so that their intervals can be told apart.
+            # Lines that share a value are set a little apart, so that their intervals can be told apart; at the
+            # reference they meet.
             shift = 1.035 ** (index - (len(lines) - 1) / 2)
-            _draw_line(ax, index, line, [(x * shift, found[method]) for x, method in points], name, reference)
+            shown = [(x if method == reference else x * shift, found[method]) for x, method in points]
+            _draw_line(ax, index, line, shown, name, reference)
         ax.xaxis.set_major_locator(FixedLocator(ticks))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -102,19 +104,15 @@ def _draw_line(
     colour, marker, style = _SERIES[index % len(_SERIES)]
     known = [(x, row) for x, row in points if math.isfinite(row[name])]
     values = [_values(row, name) for _, row in known]
-    label = line or metric(name).title
-    ax.plot([x for x, _ in known], [v for v, _, _ in values], color=colour, ls=style, lw=1.4, label=label)
+    shown: dict[str, Any] = {"color": colour, "marker": marker, "ms": 6}
+    ax.plot([x for x, _ in known], [v for v, _, _ in values], ls=style, lw=1.4, label=line or None, **shown)
     for (x, row), (value, low, high) in zip(known, values, strict=True):
-        if math.isfinite(low):
-            ax.plot([x, x], [low, high], color=colour, lw=1.5, alpha=0.55, solid_capstyle="butt")
         ours = row["method"] == reference
-        first = ours and index == 0
-        shown: dict[str, Any] = {
-            "color": VERMILION if ours else colour,
-            "ms": 12 if ours else 6,
-            "zorder": 4 if ours else 3,
-        }
-        ax.plot([x], [value], "*" if ours else marker, ls="", label="the config's own" if first else None, **shown)
+        if math.isfinite(low):
+            ax.plot([x, x], [low, high], color=VERMILION if ours else colour, lw=1.5, alpha=0.55, solid_capstyle="butt")
+        if ours:
+            label = "the config's own" if index == 0 else None
+            ax.plot([x], [value], "*", color=VERMILION, ms=13, zorder=4, label=label)
 
 
 def _values(row: Mapping[Any, Any], name: str) -> tuple[float, float, float]:

@@ -176,7 +176,9 @@ def _possible(study: Study, plan: Plan) -> Plan:
         limit = grid.hr_mpp * (1 + grid.mpp_tolerance)
         coarse = [name for name, g in study.grids.items() if g.scale.has_hr and g.scale.mpp_l0 > limit]
         if coarse and variant != plan.reference:
-            notes.append(f"{variant.title} is left out: {len(coarse)} slides are coarser (first: {coarse[0]}).")
+            notes.append(
+                f"{variant.title} is left out: {len(coarse)} slides are coarser than that (first: {coarse[0]})."
+            )
             continue
         kept.append(variant)
     return replace(plan, variants=tuple(kept), notes=tuple(notes))
@@ -236,7 +238,7 @@ def _write_more(comparison: Comparison, plan: Plan, folder: Path) -> None:
     from lrmil.evaluation.plots import save_figure
     from lrmil.evaluation.variant_figures import variant_lines, variant_rows
 
-    title, reference = f"{comparison.title}, {plan.heading.lower()}", comparison.reference
+    title, reference = f"{comparison.title}, {plan.heading[0].lower()}{plan.heading[1:]}", comparison.reference
     rows = [{"title": v.title, "folder": v.name, "terms": v.terms, "changes": v.changes} for v in plan.variants]
     write_json(folder / "variants.json", {"reference": reference, "variants": rows, "notes": plan.notes})
     if plan.lines:
