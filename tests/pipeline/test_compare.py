@@ -116,7 +116,7 @@ def test_several_processes_give_the_same_heads(lab: Any, compared: Path, finishe
     ("methods", "compared_as", "error", "words"),
     [
         (["abmill", "lrmil"], {}, ConfigError, "no method 'abmill'"),
-        (["abmil"], {}, ConfigError, "lrmil is missing"),
+        (["abmil", "dsmil"], {}, ConfigError, "lrmil is missing"),
         (["dtfd", "lrmil"], {"options": {"dtfd": {"group": 3}}}, HeadError, "group"),
         (["dtfd", "lrmil"], {"options": {"dsmil": {}}}, HeadError, "compare.options speaks of dsmil"),
     ],

@@ -177,6 +177,8 @@ def paper_table(results: pd.DataFrame, title: str = "") -> TextTable:
         show_cost=False,
         show_total=True,
     )
+    if results["time_s"].isna().all():
+        return table
     return replace(table, notes=(*table.notes, "Time: seconds of all slides of the cohort together, tissue to answer."))
 
 
@@ -279,7 +281,10 @@ def text_table(
         TableRow(str(group), (str(method), *(c[i] for c in columns)), (False, *(m[i] for m in marks)))
         for i, (group, method) in enumerate(methods)
     )
-    return TextTable(title, tuple(header), rows, tuple(_notes(results, len(tasks) > 1, show_sd, show_interval)))
+    notes = _notes(results, len(tasks) > 1, show_sd, show_interval)
+    if (show_cost or show_total) and results["seconds_per_slide"].isna().all():
+        notes.append("Patches and seconds per slide are unknown: no answer was timed on slide files.")
+    return TextTable(title, tuple(header), rows, tuple(notes))
 
 
 def _notes(results: pd.DataFrame, several: bool, show_sd: bool, show_interval: bool) -> list[str]:

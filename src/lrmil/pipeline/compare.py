@@ -19,7 +19,7 @@ from lrmil.pipeline.feature_study import FeatureStudy
 from lrmil.pipeline.heads import Outputs, slide_bag, stored_head
 from lrmil.pipeline.jobs import HeadJob, do_jobs, job_outputs, workers_for
 from lrmil.pipeline.keys import head_key, outputs_key, results_key
-from lrmil.pipeline.methods import Method, for_features, methods_named, reference_of
+from lrmil.pipeline.methods import Method, baseline_settings, for_features, methods_named, reference_of
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.run import Outcome, mean_cost
 from lrmil.pipeline.selective import selective_outputs, stored_selective_head, time_selective
@@ -28,7 +28,7 @@ from lrmil.pipeline.study import Study
 from lrmil.pipeline.timing import time_answers
 from lrmil.settings import fingerprint
 from lrmil.training.seeds import derive_seed
-from lrmil.training.stage2 import TeacherSettings, trainable_head
+from lrmil.training.stage2 import trainable_head
 
 AnyStudy = Study | FeatureStudy
 
@@ -135,7 +135,7 @@ def _of_slides(study: Study, method: Method, split: Split, asked: Sequence[str])
 def _jobs(study: AnyStudy, method: Method, found: TestPredictions) -> list[HeadJob]:
     """Return the training of a head on 20x features, for every fold."""
     run = study.run
-    features, settings = study.features, _settings(study, method)
+    features, settings = study.features, baseline_settings(study.run.settings, method)
     jobs = []
     for split in study.folds:
         key = head_key(run, split, features, method.name, settings)
@@ -165,21 +165,10 @@ def _jobs(study: AnyStudy, method: Method, found: TestPredictions) -> list[HeadJ
 def _chosen(study: Study, method: Method, split: Split, asked: Sequence[str]) -> Outputs:
     """Train a head that chooses its patches on one fold; return what it says about the slides `asked`."""
     sources = study.sources(method.head)
-    settings = _settings(study, method)
+    settings = baseline_settings(study.run.settings, method)
     return selective_outputs(
         study.run, split, sources, method.name, settings, study.encoder, title=method.title, slides=asked
     )
-
-
-def _settings(study: AnyStudy, method: Method) -> TeacherSettings:
-    """Return how a baseline is trained: like the teacher but for its head, or by its own program's recipe."""
-    s = study.run.settings
-    head = {"name": method.head, "options": _options(s, method)}
-    return TeacherSettings.model_validate(s.teacher.model_dump() | {"head": head, "recipe": s.compare.recipe})
-
-
-def _options(settings: RunSettings, method: Method) -> dict[str, Any]:
-    return {**method.options, **settings.compare.options.get(method.name, {})}
 
 
 def _require_heads(study: AnyStudy, methods: Sequence[Method]) -> None:
@@ -190,7 +179,7 @@ def _require_heads(study: AnyStudy, methods: Sequence[Method]) -> None:
     for method in methods:
         if method.head in known or ":" in method.head:
             try:
-                head = trainable_head(_settings(study, method), study.run.objective)
+                head = trainable_head(baseline_settings(study.run.settings, method), study.run.objective)
             except ConfigError as error:
                 fix = f"{error.fix or ''} Or leave it out of compare.methods.".strip()
                 raise ConfigError(f"compare.methods, {method.name}: {error.message}", fix=fix) from error

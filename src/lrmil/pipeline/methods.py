@@ -12,6 +12,7 @@ from lrmil.pipeline.config import RunSettings
 from lrmil.pipeline.evaluate import GROUPS, LR_ONLY, LRMIL
 from lrmil.pipeline.reporting import Reporter
 from lrmil.tasks import TaskKind
+from lrmil.training.stage2 import TeacherSettings
 
 Sees = Literal["nothing", "hr", "chosen", "lr", "lrmil"]
 """hr: all 20x patches. chosen: patches that the method chooses itself. lr: 5x by the frozen encoder. lrmil: the whole
@@ -114,3 +115,11 @@ def for_features(settings: RunSettings, reporter: Reporter) -> RunSettings:
         reporter.line(f"Features alone: {', '.join(refused)} need slides and are left out.")
     kept = [n for n in settings.compare.methods if n not in needing]
     return settings.model_copy(update={"compare": settings.compare.model_copy(update={"methods": kept})})
+
+
+def baseline_settings(settings: RunSettings, method: Method) -> TeacherSettings:
+    """Return how a baseline is trained: like the teacher but for its head, or by its own program's recipe."""
+    head = {"name": method.head, "options": {**method.options, **settings.compare.options.get(method.name, {})}}
+    return TeacherSettings.model_validate(
+        settings.teacher.model_dump() | {"head": head, "recipe": settings.compare.recipe}
+    )
