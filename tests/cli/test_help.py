@@ -26,6 +26,7 @@ TAUGHT = {
     "compare": ("CONFIG", "--methods", "paper", "Resumes", "tables"),
     "ablate": ("CONFIG", "Table 3", "L_patch", "Resumes", "ablation/"),
     "sensitivity": ("CONFIG", "--of", "--values", "temperature", "magnification", "Resumes", "sensitivity/"),
+    "heatmaps": ("CONFIG", "SLIDE_ID", "--methods", "teacher", "never", "heatmaps/"),
     "predict": ("SLIDES", "--model", "--mpp", "--out", "prediction.json", "failures.csv"),
     "simulate": ("OUT", "--size", "--set", "--seed", "test", "demo", "study"),
     "assemble": ("SOURCE", "--task", "--groups", "inflammatory", "--set"),

@@ -37,6 +37,7 @@ def register(app: typer.Typer) -> None:
     app.command()(init)
     app.command()(run)
     app.command()(compare)
+    app.command()(heatmaps)
     app.command()(ablate)
     app.command()(sensitivity)
     for name, text in STAGE_HELP.items():
@@ -164,6 +165,30 @@ def _listed(values: str | None) -> list[Any] | None:
     if not found:
         raise ConfigError("--values is empty.", fix="Write 1,2,4 or '[0, 1], [2]', or leave it out.")
     return list(found)
+
+
+def heatmaps(
+    config: Config,
+    slides: Annotated[list[str], typer.Argument(metavar="SLIDE_ID...", help="Slides of the cohort, by their ids.")],
+    methods: Annotated[
+        str,
+        typer.Option(help="What is shown, in this order: teacher, and any method of `lrmil compare` with attention."),
+    ] = "teacher,lr_only,lrmil",
+    overrides: Override = None,
+    quiet: Quiet = False,
+) -> None:
+    """Where the models look on a slide, side by side: teacher, LR without distillation, LRMIL, and other heads.
+
+    Writes heatmaps/SLIDE_ID.png in the config's `out` folder. Everything comes from the fold that tests the slide,
+    never from a model that trained on it; true areas are outlined where known. ZoomMIL and HDMIL show the patches that
+    they chose. Trains nothing: says what to run first if a model is missing.
+    """
+    from lrmil.pipeline.heatmaps import heatmaps as draw
+
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    settings, reporter = _open(config, overrides, quiet)
+    for path in draw(settings, slides, reporter, names):
+        print(path)
 
 
 def _add_stage(app: typer.Typer, name: str, text: str) -> None:

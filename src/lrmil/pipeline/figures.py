@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from matplotlib.figure import Figure
 
 from lrmil._version import __version__
 from lrmil.bags import Bag, software_versions
@@ -58,19 +59,27 @@ def attention_pictures(
             bag = bags[method].get(entry.slide_id)
             if answer is None or answer.attention is None or bag is None:
                 continue
-            maps.append(AttentionMap(_title(run, method, answer), _boxes(bag), answer.attention))
-        with entry.open() as slide:
-            overview = slide.overview(max(OVERVIEW_MPP, slide.mpp * max(slide.dimensions) / 1200))
-            figure = side_by_side(
-                overview.rgb,
-                maps,
-                overview.downsample_l0,
-                mpp_l0=slide.mpp,
-                true_areas=true_areas(entry),
-                title=f"{entry.slide_id}, truly {_truth(run, entry.slide_id)}",
-            )
+            maps.append(AttentionMap(answer_title(run, method, answer), bag_boxes(bag), answer.attention))
+        figure = slide_figure(run, entry, maps)
         pictures.append(Picture(to_image(figure, dpi=110), title=entry.slide_id, wide=True))
     return pictures
+
+
+def slide_figure(run: Run, entry: SlideEntry, maps: Sequence[AttentionMap], note: str = "") -> Figure:
+    """Draw a slide and, beside it, what each model looked at; true areas are outlined where known.
+
+    Above it stands the slide's id, what is true of it, and `note`.
+    """
+    with entry.open() as slide:
+        overview = slide.overview(max(OVERVIEW_MPP, slide.mpp * max(slide.dimensions) / 1200))
+        return side_by_side(
+            overview.rgb,
+            maps,
+            overview.downsample_l0,
+            mpp_l0=slide.mpp,
+            true_areas=true_areas(entry),
+            title=f"{entry.slide_id}, truly {_truth(run, entry.slide_id)}{note}",
+        )
 
 
 def true_areas(entry: SlideEntry) -> list[np.ndarray[Any, Any]]:
@@ -176,14 +185,16 @@ def _truth(run: Run, slide_id: str) -> str:
     return f"{'event' if event else 'censored'} at {time:.4g}"
 
 
-def _title(run: Run, method: str, answer: BagPrediction) -> str:
+def answer_title(run: Run, method: str, answer: BagPrediction) -> str:
+    """Return a heading: the method, and what it says."""
     if answer.value is not None:
         return f"{method}: {'risk ' if run.kind == 'survival' else ''}{answer.value:.4g}"
     best = int(np.argmax(answer.probabilities))
     return f"{method}: {run.cohort.classes[best]} {answer.probabilities[best]:.0%}"
 
 
-def _boxes(bag: Bag) -> np.ndarray[Any, Any]:
+def bag_boxes(bag: Bag) -> np.ndarray[Any, Any]:
+    """Return the boxes (N, 4) of a bag's instances, level-0 px."""
     assert bag.coords_l0 is not None
     assert bag.patch_side_l0 is not None
     side = round(bag.patch_side_l0)

@@ -51,6 +51,7 @@ class RunFolder:
         self.figures = self.root / "figures"
         self.model = self.root / "model"
         self.comparison = self.root / "compare"
+        self.heatmaps = self.root / "heatmaps"
         self.ablation = self.root / "ablation"
         self.sensitivity = self.root / "sensitivity"
 

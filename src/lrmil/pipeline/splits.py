@@ -19,12 +19,7 @@ def make_splits(run: Run, usable: Collection[str]) -> tuple[list[Split], str]:
     The split is by patient and made from the whole cohort, so that a slide which fails does not move the others.
     """
     table = _stratified(run)
-    settings = run.settings.folds
-    if settings.clam_splits is not None:
-        patient_of = dict(zip(table["slide_id"], table["patient_id"], strict=True))
-        splits = read_clam_splits(settings.clam_splits, patient_of)
-    else:
-        splits = folds_for(table, _STRATUM, num_folds=settings.num_folds, seed=settings.seed)
+    splits = _dealt(run, table)
     splits.write(run.folder.splits)
     kept = table[table["slide_id"].isin(list(usable))]
     proof = leakage_proof(
@@ -32,13 +27,10 @@ def make_splits(run: Run, usable: Collection[str]) -> tuple[list[Split], str]:
         list(kept["patient_id"]),
         list(kept["slide_id"]),
         list(kept[_STRATUM]),
-        tested_once=settings.clam_splits is None and "fold" not in table and not fold_columns(table),
+        tested_once=run.settings.folds.clam_splits is None and "fold" not in table and not fold_columns(table),
     )
     run.reporter.line(proof)
-    folds = [
-        _split(run, splits, name, str(number), f"fold {number + 1} of {splits.num_folds}", usable)
-        for number, name in enumerate(splits.names)
-    ]
+    folds = _folds(run, splits, usable)
     for fold in folds:
         _require_parts(run, fold)
     if not any(fold.test for fold in folds):
@@ -46,6 +38,26 @@ def make_splits(run: Run, usable: Collection[str]) -> tuple[list[Split], str]:
             f"{run.cohort.source}: no fold has a slide to test.", fix="Mark some patients of each fold column as test."
         )
     return folds, proof
+
+
+def known_splits(run: Run, usable: Collection[str]) -> list[Split]:
+    """Return the folds that `make_splits` would make, and leave what is on disk alone."""
+    return _folds(run, _dealt(run, _stratified(run)), usable)
+
+
+def _dealt(run: Run, table: pd.DataFrame) -> Splits:
+    settings = run.settings.folds
+    if settings.clam_splits is not None:
+        patient_of = dict(zip(table["slide_id"], table["patient_id"], strict=True))
+        return read_clam_splits(settings.clam_splits, patient_of)
+    return folds_for(table, _STRATUM, num_folds=settings.num_folds, seed=settings.seed)
+
+
+def _folds(run: Run, splits: Splits, usable: Collection[str]) -> list[Split]:
+    return [
+        _split(run, splits, name, str(number), f"fold {number + 1} of {splits.num_folds}", usable)
+        for number, name in enumerate(splits.names)
+    ]
 
 
 def deployment_split(run: Run, usable: Collection[str]) -> Split:
