@@ -35,10 +35,10 @@ def predict(
 ) -> None:
     """Answer slides from low-resolution pixels alone.
 
-    For each slide: `OUT/<slide>/prediction.json` (probabilities, regions with attention, seconds, bytes),
-    `attention.png` (lies exactly over the slide) and `attention_figure.png` (beside the slide, with scales). All
-    answers together are in `OUT/predictions.csv`. The reader is never asked for pixels finer than the model's low
-    resolution.
+    For each slide: `OUT/<slide>/prediction.json` (probabilities, or a number, or a risk and its survival curve;
+    regions with attention, seconds, bytes), `attention.png` (lies exactly over the slide) and `attention_figure.png`
+    (beside the slide, with scales). All answers together are in `OUT/predictions.csv`. The reader is never asked for
+    pixels finer than the model's low resolution.
 
     Exit code 1 means that some slides could not be answered; they are listed in `OUT/failures.csv`.
     """
@@ -73,13 +73,20 @@ def predict(
         raise typer.Exit(1)
 
 
+def _answer(answer: Prediction) -> str:
+    if answer.value is None:
+        chances = "  ".join(f"{name} {p:.1%}" for name, p in answer.probabilities.items())
+        return f"{answer.predicted}   ({chances})"
+    curve = "  ".join(f"{p:.0%} at {time:g}" for time, p in (answer.survival or {}).items())
+    return answer.in_words() + (f"   (no event: {curve})" if curve else "")
+
+
 def _in_words(answer: Prediction) -> str:
-    chances = "  ".join(f"{name} {p:.1%}" for name, p in answer.probabilities.items())
     seconds, scale = answer.seconds, answer.scale
     levels = ", ".join(f"level {v['level']} ({v['mpp']:.3g} um/px)" for v in scale["levels_opened"])
     read = "" if answer.bytes_read is None else f", {answer.bytes_read / 1e6:.1f} MB"
     lines = [
-        f"{answer.slide}: {answer.predicted}   ({chances})",
+        f"{answer.slide}: {_answer(answer)}",
         f"  {answer.num_regions} regions at {scale['working_mpp']:.3g} um/px, read from {levels}{read}",
         f"  {seconds.total:.2f} s: tissue {seconds.tissue:.2f}, reading {seconds.reading:.2f}, "
         f"encoding {seconds.encoding:.2f}, MIL {seconds.mil:.3f}",

@@ -11,6 +11,7 @@ from typing import Any
 
 from lrmil.errors import EncoderError, HeadError, OutputError, SlideError
 from lrmil.files import write_text
+from lrmil.inference.bundle import BundleManifest
 from lrmil.inference.predict import Prediction, load_bundle
 
 ANSWERS_FILE, FAILURES_FILE = "predictions.csv", "failures.csv"
@@ -77,8 +78,7 @@ def predict_many(
     for stale in [out / ANSWERS_FILE, out / FAILURES_FILE, *(f / name for f in folders for name in _PER_SLIDE)]:
         stale.unlink(missing_ok=True)
 
-    chances = [f"p_{name}" for name in bundle.manifest.classes]
-    rows = [["slide", "predicted", *chances, "regions", "unreadable", "seconds", "folder", "path"]]
+    rows = [["slide", *_answer_columns(bundle.manifest), "regions", "unreadable", "seconds", "folder", "path"]]
     failures: list[Failure] = []
     for path, folder in zip(slides, folders, strict=True):
         result: Prediction | Failure
@@ -125,10 +125,27 @@ def _draw(answer: Prediction, folder: Path) -> None:
     save_figure(folder / "attention_figure.png", attention_figure(answer))
 
 
+def _answer_columns(manifest: BundleManifest) -> list[str]:
+    readout = manifest.readout
+    if readout is None:
+        return ["predicted", *(f"p_{name}" for name in manifest.classes)]
+    if readout.meaning == "regression":
+        return ["value"]
+    return ["risk", "risk_group", *(f"survival_{time:g}" for time in readout.times)]
+
+
+def _answer(answer: Prediction) -> list[str]:
+    if answer.value is None:
+        return [answer.predicted, *(f"{p:.6f}" for p in answer.probabilities.values())]
+    if not answer.is_risk:
+        return [f"{answer.value:.8g}"]
+    curve = answer.survival or {}
+    return [f"{answer.value:.8g}", answer.risk_group or "", *(f"{p:.6f}" for p in curve.values())]
+
+
 def _row(answer: Prediction, folder: str) -> list[str]:
-    probabilities = [f"{p:.6f}" for p in answer.probabilities.values()]
     counts = [str(answer.num_regions), str(answer.unreadable), f"{answer.seconds.total:.3f}"]
-    return [answer.slide, answer.predicted, *probabilities, *counts, folder, answer.path]
+    return [answer.slide, *_answer(answer), *counts, folder, answer.path]
 
 
 def _write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:

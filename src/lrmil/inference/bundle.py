@@ -28,6 +28,7 @@ from lrmil.files import read_json, sha256, write_json, write_tensors, write_text
 from lrmil.geometry import GridSettings
 from lrmil.inference.prepare import TileSettings
 from lrmil.mil import MILHead, create_head
+from lrmil.mil.readout import Readout
 from lrmil.settings import Settings, fingerprint
 from lrmil.tissue import TissueSettings
 
@@ -65,7 +66,11 @@ class BundleManifest(Settings):
     created: str
     task: str
     classes: list[str]
-    """in the order of the probabilities"""
+    """in the order of the probabilities; empty for tasks without classes"""
+    readout: Readout | None = None
+    """what the logits stand for where there are no classes; None: class probabilities"""
+    median_risk: float | None = None
+    """survival: of the training patients; where high and low risk are divided"""
     grid: GridSettings
     tissue: TissueSettings
     tiles: TileSettings
@@ -84,6 +89,18 @@ class BundleManifest(Settings):
     checksum: str = ""
     """fingerprint of all other fields of this file as they are in it, and so the identity of the model"""
 
+    @property
+    def unused(self) -> set[str]:
+        """Fields that bundle.json does not have, since they say nothing about this task."""
+        return {name for name in ("readout", "median_risk") if getattr(self, name) is None}
+
+    @property
+    def outputs(self) -> int:
+        """How many logits the head gives."""
+        if self.readout is None:
+            return len(self.classes)
+        return len(self.readout.edges) + 1 if self.readout.meaning == "hazards" else 1
+
 
 def save_bundle(folder: Path, manifest: BundleManifest, encoder: Encoder, head: MILHead) -> BundleManifest:
     """Write a bundle; return its manifest with the checksums. bundle.json comes last, so a half-written one is none.
@@ -99,7 +116,7 @@ def save_bundle(folder: Path, manifest: BundleManifest, encoder: Encoder, head: 
     write_text(folder / "README.md", _model_card(manifest))
     manifest = manifest.model_copy(update={"files": {name: sha256(folder / name) for name in CHECKED_FILES}})
     # As JSON reads it back: numbers that are not finite become null.
-    content = json.loads(manifest.model_dump_json(exclude={"checksum"}))
+    content = json.loads(manifest.model_dump_json(exclude={"checksum", *manifest.unused}))
     checksum = fingerprint(content)
     write_json(folder / MANIFEST_FILE, content | {"checksum": checksum})
     return manifest.model_copy(update={"checksum": checksum})
@@ -165,10 +182,12 @@ def load_parts(folder: Path) -> tuple[BundleManifest, Encoder, MILHead]:
 
 
 def _check_fit(folder: Path, manifest: BundleManifest, encoder: Encoder, head: MILHead) -> None:
-    if head.in_dim != encoder.embed_dim or head.num_classes != len(manifest.classes):
+    if head.in_dim != encoder.embed_dim or head.num_classes != manifest.outputs:
+        classes, outputs = f"there are {len(manifest.classes)} classes", f"the task takes {manifest.outputs} outputs"
+        wanted = classes if manifest.readout is None else outputs
         raise BundleError(
-            f"{folder}: the encoder gives {encoder.embed_dim} numbers a region and there are {len(manifest.classes)} "
-            f"classes, but the head takes {head.in_dim} and gives {head.num_classes}.",
+            f"{folder}: the encoder gives {encoder.embed_dim} numbers a region and {wanted}, but the head takes "
+            f"{head.in_dim} and gives {head.num_classes}.",
             fix="Write the bundle again from parts that were trained together.",
         )
 
@@ -180,22 +199,43 @@ def _altered(folder: Path, name: str) -> BundleAltered:
     )
 
 
+def _asked(m: BundleManifest) -> tuple[str, str, str]:
+    """Say for people what the model tells, what its answer means, and what it knows of."""
+    if m.readout is None:
+        classes = ", ".join(f"{name} ({m.trained_on.slides_per_class.get(name, 0)} slides)" for name in m.classes)
+        return (
+            " / ".join(m.classes),
+            f"- **Classes**, in the order of the probabilities: {classes}.",
+            "the classes above",
+        )
+    if m.readout.meaning == "regression":
+        return "a number", f"- **Answer**: {m.task}, in the unit of the training table.", "this number"
+    told = "- **Answer**: a risk, higher meaning an earlier event; only its order counts."
+    if m.median_risk is not None:
+        told += f" The median of the training patients was {m.median_risk:.4g}."
+    if m.readout.times:
+        told += (
+            f"\n- **Survival** is told at {', '.join(f'{t:g}' for t in m.readout.times)}, in the table's unit of time."
+        )
+    return "survival", told, "this event"
+
+
 def _model_card(manifest: BundleManifest) -> str:
     m = manifest
     low, middle, high = m.trained_on.regions_per_slide
     metrics = "\n".join(f"| {name} | {value} |" for name, value in m.cross_validation.items())
-    classes = ", ".join(f"{name} ({m.trained_on.slides_per_class.get(name, 0)} slides)" for name in m.classes)
-    return f"""# {m.task}: {" / ".join(m.classes)}, from {m.grid.lr_mpp:g} um/px only
+    subject, answer, limit = _asked(m)
+    return f"""# {m.task}: {subject}, from {m.grid.lr_mpp:g} um/px only
 
     lrmil predict SLIDE --model THIS_FOLDER --out answers
 
-- **Classes**, in the order of the probabilities: {classes}.
+{answer}
 - **Trained on** {m.trained_on.slides} slides of {m.trained_on.patients} patients ({m.trained_on.cohort});
   5th, 50th and 95th percentile of regions a slide: {low:.0f}, {middle:.0f}, {high:.0f}.
 - **Looks at** {m.grid.patch_px}-px regions at {m.grid.lr_mpp:g} um/px. It never asks for finer pixels.
 - **Encoder** distilled from {m.encoder_origin.get("name", "an HR encoder")} at {m.grid.hr_mpp:g} um/px.
 - **Licence**: {m.licence_note}
-- Not a medical device. It knows only the classes above and slides like those it was trained on.
+- Not a medical device. It knows only {limit} and slides like those it was trained on.
 
 Cross-validation (of models trained the same way on part of the cohort; this one saw all of it):
 

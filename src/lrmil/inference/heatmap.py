@@ -40,7 +40,7 @@ def attention_figure(answer: Prediction) -> Figure:
         HeadError: the head gives no attention.
     """
     rgb, downsample_l0 = _view(answer)
-    title = f"{answer.slide}: {answer.predicted}, {answer.probabilities[answer.predicted]:.1%}"
+    title = f"{answer.slide}: {answer.in_words()}"
     return side_by_side(rgb, [_attention_map(answer)], downsample_l0, mpp_l0=answer.scale["mpp_l0"], title=title)
 
 

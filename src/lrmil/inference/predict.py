@@ -19,7 +19,8 @@ from lrmil.geometry import IntArray
 from lrmil.inference.bundle import BundleManifest, load_parts
 from lrmil.inference.prepare import PreparedSlide, finest_overview_mpp, prepare_slide
 from lrmil.inference.stream import ReadingLog, encode_patches, region_reads
-from lrmil.slides import Overview, Slide, io_counter, open_slide
+from lrmil.mil.readout import Readout
+from lrmil.slides import Overview, Slide, io_counter
 
 Progress = Callable[[int, int], None]
 """called with (regions done, regions in all)"""
@@ -50,7 +51,9 @@ class Prediction:
     path: str
     task: str
     probabilities: dict[str, float]
+    """by class; empty for tasks without classes"""
     predicted: str
+    """the most probable class; empty for tasks without classes"""
     boxes_l0: IntArray
     """(N, 4) the regions that were looked at, level-0 pixels x0, y0, x1, y1"""
     attention: npt.NDArray[np.float32] | None
@@ -67,6 +70,30 @@ class Prediction:
     overview: Overview = field(repr=False)
     """the slide at a glance, to paint attention on"""
     warnings: list[str] = field(default_factory=list)
+    value: float | None = None
+    """the number of a regression, in the unit of the training table, or the risk of survival, higher meaning earlier"""
+    survival: dict[float, float] | None = None
+    """probability of no event before each time, where the model tells a curve; None otherwise"""
+    median_risk: float | None = None
+    """survival: of the training patients"""
+    is_risk: bool = False
+    """whether `value` is a risk"""
+
+    @property
+    def risk_group(self) -> str | None:
+        """Return "high" or "low", beside the training patients' median risk; None where that is not known."""
+        if not self.is_risk or self.value is None or self.median_risk is None:
+            return None
+        return "high" if self.value > self.median_risk else "low"
+
+    def in_words(self) -> str:
+        """Return the answer in a few words."""
+        if self.value is None:
+            return f"{self.predicted}, {self.probabilities[self.predicted]:.1%}"
+        if not self.is_risk:
+            return f"{self.task} {self.value:.4g}"
+        group = f" ({self.risk_group}: training median {self.median_risk:.4g})" if self.risk_group else ""
+        return f"{self.task}: risk {self.value:.4g}{group}"
 
     @property
     def num_regions(self) -> int:
@@ -80,8 +107,7 @@ class Prediction:
             "slide": self.slide,
             "path": self.path,
             "task": self.task,
-            "predicted": self.predicted,
-            "probabilities": self.probabilities,
+            **self._answer(),
             "warnings": self.warnings,
             "seconds": {name: round(value, 4) for name, value in vars(self.seconds).items()},
             "patches": {"encoded": self.num_regions, "unreadable": self.unreadable},
@@ -93,6 +119,17 @@ class Prediction:
                 for (x0, y0, x1, y1), weight in zip(self.boxes_l0.tolist(), attention, strict=True)
             ],
         }
+
+    def _answer(self) -> dict[str, Any]:
+        if self.value is None:
+            return {"predicted": self.predicted, "probabilities": self.probabilities}
+        if not self.is_risk:
+            return {"value": self.value}
+        answer: dict[str, Any] = {"risk": self.value, "median_risk": self.median_risk, "risk_group": self.risk_group}
+        if self.survival is not None:
+            curve = [{"time": time, "probability": p} for time, p in self.survival.items()]
+            answer["survival"] = curve
+        return answer
 
     def write(self, path: Path) -> None:
         """Write prediction.json."""
@@ -142,7 +179,7 @@ class Bundle:
                 raise ConfigError("mpp was given with a slide that is open already.", fix="Give it to `open_slide`.")
             opened = nullcontext(slide)
         else:
-            opened = open_slide(slide, mpp=mpp)
+            opened = self.manifest.tiles.open(slide, mpp=mpp)
         with opened as source:
             return self._predict(source, batch_size, threads, picture, on_progress, began, bytes_before)
 
@@ -179,7 +216,7 @@ class Bundle:
             # As in training: float32 features, and the regions' corners for heads that use positions.
             bag = torch.from_numpy(seen.embedding).to(self.device, torch.float32)
             out = self.head(bag, coords=torch.from_numpy(boxes_l0[:, :2].copy()).to(self.device))
-            probabilities = self.head.probabilities(out.logits.cpu().double()).numpy()
+            reading = (m.readout or Readout()).read(self.head, out.logits)
             attention = None if out.attention is None else out.attention.cpu().float().numpy()
         ended = time.perf_counter()
 
@@ -194,8 +231,8 @@ class Bundle:
             slide=slide.name,
             path=str(slide.path),
             task=m.task,
-            probabilities={name: float(p) for name, p in zip(m.classes, probabilities, strict=True)},
-            predicted=m.classes[int(probabilities.argmax())],
+            probabilities={name: float(p) for name, p in zip(m.classes, reading.probabilities, strict=True)},
+            predicted=m.classes[int(reading.probabilities.argmax())] if m.classes else "",
             boxes_l0=boxes_l0,
             attention=attention,
             seconds=Seconds(prepared.seconds, reading_s, seen.encoding_s, mil_s, total_s),
@@ -205,6 +242,10 @@ class Bundle:
             model={"folder": str(self.folder), "checksum": m.checksum, "created": m.created},
             overview=_closer_view(slide, prepared) if picture else prepared.overview,
             warnings=self._warnings(prepared, seen.log),
+            value=None if reading.value is None else float(reading.value),
+            survival=None if reading.survival is None else _curve(m.readout, reading.survival),
+            median_risk=m.median_risk,
+            is_risk=m.readout is not None and m.readout.meaning in ("cox", "hazards"),
         )
 
     def _warnings(self, prepared: PreparedSlide, log: ReadingLog) -> list[str]:
@@ -256,6 +297,11 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {str(device)!r}: {reason}", fix="`lrmil doctor` lists the devices.") from error
     return chosen
+
+
+def _curve(readout: Readout | None, survival: npt.NDArray[np.floating]) -> dict[float, float]:
+    times = () if readout is None else readout.times
+    return {time: float(p) for time, p in zip(times, survival, strict=True)}
 
 
 def _closer_view(slide: Slide, prepared: PreparedSlide) -> Overview:

@@ -14,17 +14,28 @@ from lrmil.bags import software_versions
 from lrmil.encoders import Encoder
 from lrmil.geometry import MatchedGrid
 from lrmil.inference.bundle import MANIFEST_FILE, BundleManifest, HeadSpec, TrainedOn, save_bundle
+from lrmil.pipeline.config import decisive_settings
 from lrmil.pipeline.context import Run, Split
-from lrmil.pipeline.evaluate import LR_ONLY, LRMIL, TEACHER, Scores
-from lrmil.pipeline.heads import stored_head
+from lrmil.pipeline.evaluate import LR_ONLY, LRMIL, TEACHER, Scores, median_of_patients
+from lrmil.pipeline.heads import Outputs, stored_head, stored_readout
 from lrmil.pipeline.keys import results_key
 from lrmil.settings import fingerprint
+from lrmil.tasks import TaskKind
 
 
 def write_model(
-    run: Run, split: Split, grids: Mapping[str, MatchedGrid], teacher: Encoder, student: Encoder, scores: Scores
+    run: Run,
+    split: Split,
+    grids: Mapping[str, MatchedGrid],
+    teacher: Encoder,
+    student: Encoder,
+    scores: Scores,
+    answers: Outputs,
 ) -> None:
-    """Write model/ from the parts trained for the final split, unless it is there already."""
+    """Write model/ from the parts trained for the final split, unless it is there already.
+
+    `answers` are what its head says about the slides.
+    """
     s = run.settings
     head_step = run.folder.fold(split.name) / "student"
     head = stored_head(head_step)
@@ -36,12 +47,16 @@ def write_model(
         options=described,
     )
     learned = [*split.train, *split.val]
-    counts = Counter(run.cohort.classes[run.cohort.label_of(slide)] for slide in learned)
+    classes = run.cohort.classes
+    counts = Counter(classes[run.cohort.label_of(slide)] for slide in learned) if classes else Counter[str]()
+    readout = None if run.kind == "classification" else stored_readout(head_step)
     regions = np.percentile([grids[slide].num_regions for slide in learned], [5, 50, 95])
     manifest = BundleManifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         task=s.cohort.task,
-        classes=list(run.cohort.classes),
+        classes=list(classes),
+        readout=readout,
+        median_risk=_median_risk(run, split, answers),
         grid=s.grid,
         tissue=s.tissue,
         tiles=s.tiles,
@@ -61,7 +76,7 @@ def write_model(
     )
     step = run.folder.fold(split.name)
     # The head's own key stands for its weights and for those of the encoder below it.
-    content = manifest.model_dump(mode="json", exclude={"created", "software"})
+    content = manifest.model_dump(mode="json", exclude={"created", "software", *manifest.unused})
     key = fingerprint(content, run.folder.done_facts(head_step)["key"])
     if run.folder.is_done(step, key) and (run.folder.model / MANIFEST_FILE).is_file():
         return
@@ -72,8 +87,7 @@ def write_model(
 
 def recipe(run: Run, encoder: Encoder) -> dict[str, Any]:
     """Return the config as far as it made the model: without paths, and without what only this machine cares about."""
-    here = {"cohort", "out", "device", "threads", "memory_gb", "deploy"}
-    config = run.settings.model_dump(mode="json", exclude=here)
+    config = decisive_settings(run.settings, {"cohort", "out", "device", "threads", "memory_gb", "deploy"})
     del config["encoder"]["weights"]
     config["encoder"]["name"] = encoder.card.name
     return config
@@ -90,11 +104,25 @@ def licence_note(encoder: Encoder) -> str:
     return f"distilled from {card.title} ({card.licence}); {terms}"
 
 
+def _median_risk(run: Run, split: Split, answers: Outputs) -> float | None:
+    if run.kind != "survival":
+        return None
+    return median_of_patients(run, {slide: answers[slide].value for slide in split.train})
+
+
+_TOLD: dict[TaskKind, dict[str, str]] = {
+    "classification": {"auc": "AUC", "acc": "accuracy"},
+    "regression": {"r2": "R2", "mae": "mean absolute error", "spearman": "Spearman correlation"},
+    "survival": {"c_index": "C-index"},
+}
+"""metrics of the model card"""
+
+
 def _metrics(scores: Scores) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for row in scores.results.to_dict("records"):
         if row["method"] in (LRMIL, TEACHER, LR_ONLY):
-            for name, title in (("auc", "AUC"), ("acc", "accuracy")):
+            for name, title in _TOLD[scores.kind].items():
                 value, low, high = (row[key] for key in (name, f"{name}_low", f"{name}_high"))
                 text = f"{value:.3f}" if math.isfinite(value) else "undefined"
                 interval = f"95 % interval {low:.3f} to {high:.3f}, " if math.isfinite(low) else ""

@@ -115,7 +115,7 @@ def median_of_patients(run: Run, risks: Mapping[str, float | None]) -> float:
 
 
 def _answer(output: BagPrediction) -> npt.NDArray[np.floating]:
-    return output.probabilities if output.value is None else np.float64(output.value).reshape(())
+    return output.probabilities if output.value is None else np.asarray(output.value, np.float64)
 
 
 @dataclass(frozen=True)

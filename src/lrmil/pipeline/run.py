@@ -92,8 +92,8 @@ def run_all(
         with reporter.stage("deploy", "Training the model to deploy, on everything"):
             study.teacher(final)
             study.distil(final)
-            study.student(final)
-            write_model(run, final, study.grids, study.encoder, stored_student(run, final), scores)
+            answers = study.student(final)
+            write_model(run, final, study.grids, study.encoder, stored_student(run, final), scores, answers)
         summary.append(f"model: {run.folder.model}   (lrmil predict SLIDE --model {run.folder.model})")
     summary.append(f"report: {report}")
     reporter.event("run finished", failures=len(run.failures))
