@@ -245,7 +245,7 @@ class _Models:
         answer = BagPrediction(entry.slide_id, found.logits, reading.probabilities, None, None, value)
         rows = found.selected[finest]
         layout = source.layouts[finest]
-        title = f"{answer_title(run, method.title, answer)}, {len(rows)} of {len(layout)} patches chosen"
+        title = f"{answer_title(run, method.title, answer)}\n{len(rows)} of {len(layout)} patches chosen"
         return AttentionMap(title, layout.boxes_l0[rows], _attention_of_chosen(found, finest))
 
     def _grid(self, entry: SlideEntry) -> MatchedGrid:
