@@ -312,3 +312,49 @@ def test_a_table_of_another_config_is_removed_before_the_next_is_made(
     with pytest.raises(KeyboardInterrupt):
         ablate(settings_for(lab, out, student={"loss": {"hard_k": 2}}), quiet())
     assert not (out / "ablation").exists()
+
+
+# Numbers and survival
+
+
+@pytest.fixture(scope="module")
+def measured(lab: Any, finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The lab's slides and folds with a number and survival; the finished run's features and stage 1 fit them."""
+    rows = pd.read_csv(lab.table)
+    rows["path"] = [str((lab.table.parent / p).resolve()) for p in rows["path"]]
+    number = rows["patient_id"].astype("category").cat.codes
+    rows["share"], rows["time"] = 0.1 * number, 40.0 - 3.1 * number
+    rows["event"] = np.where(number % 4 == 3, "alive", "dead")
+    rows["fold"] = rows["slide_id"].map({s: int(f) for f, parts in finished.splits.items() for s in parts["test"]})
+    path = tmp_path_factory.mktemp("measured") / "cohort.csv"
+    rows.drop(columns="label").to_csv(path, index=False)
+    return path
+
+
+def test_the_losses_of_survival_are_ablated(
+    lab: Any, finished: Any, measured: Path, tmp_path: Path, work: Counter[str]
+) -> None:
+    out = finished.copy(tmp_path / "run")
+    cohort = {"table": str(measured), "task": "death", "kind": "survival"}
+    settings = lab.settings(out, cohort=cohort, objective={"intervals": 2})
+    ablate(settings, quiet())
+    folder = out / "ablation"
+    assert work["stage 1"] == 0
+    # Six rows and their teacher, on three folds.
+    assert (work["student head"], work["label head"]) == (18, 3)
+    table = pd.read_csv(folder / "table3.csv")
+    assert table.columns.tolist()[-1] == "c_index"
+    assert len(pd.read_csv(folder / "risk.csv")) == len(table) == 6
+
+
+def test_temperatures_that_a_task_does_not_have_are_left_out(
+    lab: Any, finished: Any, measured: Path, tmp_path: Path
+) -> None:
+    """L_bag of a number is a squared error, which has no temperature; L_soft has one."""
+    out = finished.copy(tmp_path / "run")
+    settings = lab.settings(out, cohort={"table": str(measured), "task": "share", "kind": "regression"})
+    outcome = sensitivity(settings, quiet(), "temperature", [1, 4])
+    results = pd.read_csv(out / "sensitivity" / "temperature" / "results.csv")
+    assert results["method"].tolist() == ["bag 1, attention 1", "bag 1, attention 4"]
+    assert "bag 4, attention 1 is left out" in "\n".join(outcome.summary)
+    assert not (out / "variants" / "bag_temperature_4").exists()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lrmil.distill import resolve_layers
 from lrmil.errors import CohortError, ConfigError, GridMismatch
-from lrmil.evaluation import Cost, TextTable, concatenate, write_results
+from lrmil.evaluation import Cost, Scored, TextTable, concatenate, write_results
 from lrmil.evaluation.comparison import Comparison, compare_report
 from lrmil.evaluation.metrics import metric
 from lrmil.evaluation.table_formats import to_latex, to_markdown
@@ -34,8 +34,24 @@ from lrmil.pipeline.timing import time_answers
 from lrmil.pipeline.variants import TERMS, Of, Plan, Variant, ablation_plan, sensitivity_plan
 from lrmil.settings import fingerprint
 
-Found = dict[str, list[Any]]
-"""Test predictions of each variant, one entry a seed"""
+
+@dataclass
+class Said:
+    """What the variants say about the test slides, and what that costs."""
+
+    predictions: dict[str, list[Scored]] = field(default_factory=dict)
+    """Of each variant, one entry a seed"""
+    thresholds: dict[str, dict[tuple[int, int], float]] = field(default_factory=dict)
+    """Survival: see `TestPredictions`"""
+    costs: dict[str, Cost] = field(default_factory=dict)
+    """Where it differs between variants"""
+
+    def add(self, answers: TestPredictions) -> None:
+        """Add what was said under one seed."""
+        for method, predictions in answers.all().items():
+            self.predictions.setdefault(method, []).append(predictions)
+        for method, limits in answers.thresholds.items():
+            self.thresholds.setdefault(method, {}).update(limits)
 
 
 def ablate(settings: RunSettings, reporter: Reporter) -> Outcome:
@@ -76,30 +92,27 @@ def _carry_out(study: Study, plan: Plan, folder: Path) -> Outcome:
     if s.targets == "cached":
         study.layers = _layers(study, plan)
     study.do("tile")
-    if plan.own_scales:
-        plan = _possible(study, plan)
+    plan = _possible(study, plan)
     study.do("encode")
-    if len(plan.variants) < 2:
-        raise ConfigError(
-            f"there is nothing to compare {plan.reference.title} with. {' '.join(plan.notes)}",
-            fix="Name other values, or use other slides.",
-        )
-    costs: dict[str, Cost] = {}
+    _require_others(plan)
+    said = Said()
     if plan.own_scales:
-        found, plan = _across_scales(study, plan, costs)
+        plan = _across_scales(study, plan, said)
+        _require_others(plan)
     else:
-        found = _variants(study, plan)
+        _variants(study, plan, said)
     for note in plan.notes:
         reporter.line(f"  {note}")
     comparison = compare_report(
-        {v.title: concatenate(found[v.title]) for v in plan.variants},
+        {v.title: concatenate(said.predictions[v.title]) for v in plan.variants},
         reference=plan.reference.title,
         dataset=run.cohort.name,
         task=s.cohort.task,
         groups=dict.fromkeys((v.title for v in plan.variants), plan.heading),
-        costs=costs,
+        costs=said.costs,
         seed=s.evaluation.seed,
         resamples=s.evaluation.bootstrap,
+        thresholds=said.thresholds,
     )
     with reporter.stage("report", f"Writing {folder.name}"):
         comparison.write(folder)
@@ -123,26 +136,23 @@ def _seeded(study: Study) -> Iterator[Study]:
         yield study if seed == s.seed else study.variant(f"seed_{seed}", s.model_copy(update={"seed": seed}))
 
 
-def _variants(study: Study, plan: Plan) -> Found:
+def _variants(study: Study, plan: Plan, said: Said) -> None:
     """Train variants that look at the same features."""
-    found: Found = {}
     for own in _seeded(study):
         for stage in ("distill", "teacher", "student"):
             own.do(stage)
-        said = TestPredictions(own.run)
-        waiting = [v for v in plan.variants if v != plan.reference]
-        seed = own.run.settings.seed
-        title = f"Training {len(waiting)} variants on {len(own.folds)} folds, seed {seed}"
-        with own.run.reporter.stage("variants", title), own.run.reporter.task("variants", len(waiting)) as progress:
+        answers = TestPredictions(own.run)
+        reporter, suffix = own.run.reporter, "" if own is study else f"_seed_{own.run.settings.seed}"
+        count = len(plan.variants) - 1
+        title = f"Training {count} variants on {len(own.folds)} folds, seed {own.run.settings.seed}"
+        with reporter.stage("variants", title), reporter.task("variants", count) as progress:
             for variant in plan.variants:
-                changed = _study_of(own, variant, suffix="" if own is study else f"_seed_{seed}")
+                changed = _study_of(own, variant, suffix)
                 for split in own.folds:
-                    said.add(variant.title, split, _student(own, changed, variant, split))
-                if variant in waiting:
+                    answers.add(variant.title, split, _student(own, changed, variant, split))
+                if variant != plan.reference:
                     progress.advance(note=variant.title)
-        for method, predictions in said.all().items():
-            found.setdefault(method, []).append(predictions)
-    return found
+        said.add(answers)
 
 
 def _study_of(own: Study, variant: Variant, suffix: str) -> Study:
@@ -164,32 +174,44 @@ def _student(own: Study, changed: Study, variant: Variant, split: Split) -> Outp
 
 
 def _possible(study: Study, plan: Plan) -> Plan:
-    """Leave out pairs of magnifications that the encoder's token grid or a slide does not allow."""
+    """Leave out what the task has no meaning for, and magnifications that the tokens or a slide do not allow."""
     kept, notes = [], list(plan.notes)
     for variant in plan.variants:
-        grid = variant.applied(study.run.settings).grid
+        settings = variant.applied(study.run.settings)
         try:
-            check_token_grid(study.encoder.token_grid_side, grid.ratio)
-        except GridMismatch as error:
+            study.run.objective.check_loss(settings.student.loss)
+            check_token_grid(study.encoder.token_grid_side, settings.grid.ratio)
+        except (ConfigError, GridMismatch) as error:
             notes.append(f"{variant.title} is left out: {error.message}")
             continue
-        limit = grid.hr_mpp * (1 + grid.mpp_tolerance)
+        limit = settings.grid.hr_mpp * (1 + settings.grid.mpp_tolerance)
         coarse = [name for name, g in study.grids.items() if g.scale.has_hr and g.scale.mpp_l0 > limit]
-        if coarse and variant != plan.reference:
+        if coarse:
             notes.append(
                 f"{variant.title} is left out: {len(coarse)} slides are coarser than that (first: {coarse[0]})."
             )
             continue
         kept.append(variant)
-    return replace(plan, variants=tuple(kept), notes=tuple(notes))
+    titles = {v.title for v in kept}
+    lines = {name: tuple(p for p in points if p[1] in titles) for name, points in plan.lines.items()}
+    drawn = {name: points for name, points in lines.items() if len(points) > 1}
+    return replace(plan, variants=tuple(kept), lines=drawn, notes=tuple(notes))
 
 
-def _across_scales(study: Study, plan: Plan, costs: dict[str, Cost]) -> tuple[Found, Plan]:
+def _require_others(plan: Plan) -> None:
+    """See that something is left to compare the config with."""
+    if len(plan.variants) < 2:
+        raise ConfigError(
+            f"there is nothing to compare {plan.reference.title} with. {' '.join(plan.notes)}".strip(),
+            fix="Name other values, or use other slides.",
+        )
+
+
+def _across_scales(study: Study, plan: Plan, said: Said) -> Plan:
     """Do a run of its own for each pair of magnifications, in variants/<name>/, on the folds of the main run.
 
     A pair on which another set of slides can be used is left out: its results could not be paired with the others.
     """
-    found: Found = {}
     kept, notes = [], list(plan.notes)
     for variant in plan.variants:
         try:
@@ -202,16 +224,15 @@ def _across_scales(study: Study, plan: Plan, costs: dict[str, Cost]) -> tuple[Fo
             notes.append(f"{variant.title} is left out: {len(lost)} slides cannot be used (first: {lost[0]}).")
             continue
         for own in _seeded(here):
-            said = TestPredictions(own.run)
+            answers = TestPredictions(own.run)
             for stage in ("distill", "teacher", "student"):
                 own.do(stage)
             for split in own.folds:
-                said.add(variant.title, split, own.student(split))
-            for method, predictions in said.all().items():
-                found.setdefault(method, []).append(predictions)
-        costs[variant.title] = _cost(here, variant.title)
+                answers.add(variant.title, split, own.student(split))
+            said.add(answers)
+        said.costs[variant.title] = _cost(here, variant.title)
         kept.append(variant)
-    return found, replace(plan, variants=tuple(kept), notes=tuple(notes))
+    return replace(plan, variants=tuple(kept), notes=tuple(notes))
 
 
 def _begun(study: Study, variant: Variant) -> Study:
