@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from lrmil.distill import resolve_layers
-from lrmil.errors import CohortError, ConfigError, GridMismatch
+from lrmil.errors import CohortError, ConfigError, GridMismatch, SlideTooCoarse
 from lrmil.evaluation import Cost, Scored, TextTable, concatenate, write_results
 from lrmil.evaluation.comparison import Comparison, compare_report
 from lrmil.evaluation.metrics import metric
 from lrmil.evaluation.table_formats import to_latex, to_markdown
 from lrmil.evaluation.tables import metric_text, paper_metrics
 from lrmil.files import write_json, write_text
-from lrmil.geometry import check_token_grid
+from lrmil.geometry import GridSettings, check_token_grid, resolve_scale
 from lrmil.pipeline.config import RunSettings
 from lrmil.pipeline.context import Split
 from lrmil.pipeline.distill import stored_student
@@ -184,8 +184,8 @@ def _possible(study: Study, plan: Plan) -> Plan:
         except (ConfigError, GridMismatch) as error:
             notes.append(f"{variant.title} is left out: {error.message}")
             continue
-        limit = settings.grid.hr_mpp * (1 + settings.grid.mpp_tolerance)
-        coarse = [name for name, g in study.grids.items() if g.scale.has_hr and g.scale.mpp_l0 > limit]
+        grids = study.grids.items()
+        coarse = [slide for slide, g in grids if g.scale.has_hr and not _fine_enough(g.scale.mpp_l0, settings.grid)]
         if coarse:
             notes.append(
                 f"{variant.title} is left out: {len(coarse)} slides are coarser than that (first: {coarse[0]})."
@@ -196,6 +196,14 @@ def _possible(study: Study, plan: Plan) -> Plan:
     lines = {name: tuple(p for p in points if p[1] in titles) for name, points in plan.lines.items()}
     drawn = {name: points for name, points in lines.items() if len(points) > 1}
     return replace(plan, variants=tuple(kept), lines=drawn, notes=tuple(notes))
+
+
+def _fine_enough(mpp_l0: float, grid: GridSettings) -> bool:
+    """Say whether a slide of these pixels can be read at the high resolution."""
+    try:
+        return resolve_scale(grid, mpp_l0).has_hr
+    except SlideTooCoarse:
+        return False
 
 
 def _require_others(plan: Plan) -> None:
