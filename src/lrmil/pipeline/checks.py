@@ -12,6 +12,7 @@ from lrmil.encoders.store import is_saved_encoder
 from lrmil.errors import CohortError, ConfigError
 from lrmil.geometry import check_token_grid
 from lrmil.mil import create_head
+from lrmil.pipeline.cohort import labelled_for_any
 from lrmil.pipeline.context import Run
 from lrmil.pipeline.folder import RunFolder
 from lrmil.training.stage2 import trainable_pair
@@ -23,7 +24,7 @@ def require_usable_slides(cohort: Cohort) -> None:
     Raises:
         CohortError: names the first slide that has none.
     """
-    labelled = cohort.labelled()
+    labelled = labelled_for_any(cohort)
     without = list(
         labelled["slide_id"] if "path" not in labelled else labelled.loc[labelled["path"].isna(), "slide_id"]
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lrmil.encoders.cards import Embedding
 from lrmil.encoders.settings import EncoderSettings
@@ -49,6 +49,11 @@ class CohortSettings(Settings):
     kind: TaskKind = Field("classification", description="what is asked: a class, a number, or survival")
     time: str = Field("time", description="survival: column of the time until the event or the end of observation")
     event: str = Field("event", description="survival: column that says whether the event was seen")
+    tasks: dict[str, TaskKind] = Field(
+        default_factory=dict,
+        description="all tasks of the cohort and their kinds, the main one first; they share patient folds and stage "
+        "1, and each has its heads and results in tasks/<task>/. `task` says which is run. Empty: it is the only one",
+    )
     classes: list[str] | None = Field(None, description="labels in the order of the outputs; default sorted")
     slides_dir: str | None = Field(None, description="where slides lie if the table has no path column")
     features_dir: str | None = Field(
@@ -57,6 +62,20 @@ class CohortSettings(Settings):
     label_level: Literal["slide", "patient"] = Field(
         "slide", description="patient: two labels of one patient are an error"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_of_task(cls, values: Any) -> Any:
+        """Where all tasks are listed with their kinds, the kind need not be said again."""
+        if not isinstance(values, dict) or not isinstance(values.get("tasks"), dict) or not values["tasks"]:
+            return values
+        task = values.get("task", "label")
+        if task not in values["tasks"]:
+            raise ValueError(f"task {task!r} is not among tasks ({', '.join(map(str, values['tasks']))})")
+        kind = values["tasks"][task]
+        if values.get("kind", kind) != kind:
+            raise ValueError(f"kind is {values['kind']!r}, but tasks say that {task!r} is {kind!r}: leave kind out")
+        return {**values, "kind": kind}
 
     @field_validator("classes", mode="before")
     @classmethod

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypedDict
+from typing import Self, TypedDict
 
 import torch
 
@@ -14,6 +15,7 @@ from lrmil.encoders import Encoder, encoder_from_settings
 from lrmil.errors import NotASlide, SlideError
 from lrmil.inference.predict import pick_device
 from lrmil.inference.prepare import TileSettings
+from lrmil.pipeline.cohort import labelled_for_any
 from lrmil.pipeline.config import RunSettings
 from lrmil.pipeline.folder import Failure, RunFolder
 from lrmil.pipeline.reporting import Reporter
@@ -65,6 +67,8 @@ class Split:
     train: tuple[str, ...]
     val: tuple[str, ...]
     test: tuple[str, ...]
+    pictured: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Slides of "train" and "val" that any task of the cohort labels, where these are more: what stage 1 sees"""
 
     def of(self, part: str) -> tuple[str, ...]:
         """Return the slides of "train", "val" or "test"."""
@@ -94,6 +98,16 @@ class Run:
     """Where the folds' student encoders lie, if in another run's folder"""
     teacher_folder: RunFolder | None = None
     """Where the folds' teacher heads lie, if in another run's folder"""
+
+    @classmethod
+    def of(cls, settings: RunSettings, cohort: Cohort, reporter: Reporter) -> Self:
+        """Return the run of a config. Where several tasks share a folder, stage 1 is not of one of them."""
+        if not settings.cohort.tasks:
+            return cls(settings, RunFolder(settings.out), cohort, reporter)
+        # The released extra loss of stage 1 follows the attention of a task's own teacher.
+        shared = None if settings.stage1.loss.lambda_attention_feature else RunFolder(settings.out)
+        folder = RunFolder(settings.out, task=settings.cohort.task)
+        return cls(settings, folder, cohort, reporter, stage1_folder=shared)
 
     @property
     def device(self) -> torch.device:
@@ -145,7 +159,7 @@ class Run:
 
     @cached_property
     def _entries(self) -> dict[str, SlideEntry]:
-        table = self.cohort.labelled()
+        table = labelled_for_any(self.cohort)
         mpps = table["mpp"] if "mpp" in table else [None] * len(table)
         tiles = self.settings.tiles
         return {

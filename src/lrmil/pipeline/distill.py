@@ -15,7 +15,7 @@ from lrmil.geometry import MatchedGrid
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.encode import features_name, region_bag
 from lrmil.pipeline.heads import Outputs
-from lrmil.pipeline.keys import bag_provenance, features_of, stage1_key
+from lrmil.pipeline.keys import bag_provenance, features_of, stage1_key, stage1_slides
 from lrmil.pipeline.pixels import RegionPixels
 from lrmil.pipeline.regions import CachedTargets, CohortRegions, LiveTargets, TargetSource
 from lrmil.pipeline.reporting import without_python_warnings
@@ -91,7 +91,10 @@ def _train(
 ) -> FitResult:
     """Train `student` on the fold's training slides; its validation slides choose the epoch."""
     train, val = (
-        CohortRegions([(pixels[s], _targets(run, s, grids, teacher, teacher_outputs)) for s in split.of(part)], part)
+        CohortRegions(
+            [(pixels[s], _targets(run, s, grids, teacher, teacher_outputs)) for s in stage1_slides(run, split, part)],
+            part,
+        )
         for part in ("train", "val")
     )
     settings = run.settings.stage1

@@ -17,7 +17,6 @@ from lrmil.files import remove_leftovers
 from lrmil.pipeline.checks import require_own_folder
 from lrmil.pipeline.config import RunSettings, save_config
 from lrmil.pipeline.context import Run, SlideEntry, Split
-from lrmil.pipeline.folder import RunFolder
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.splits import make_splits
 from lrmil.pipeline.stale import discard_stale_results
@@ -66,7 +65,7 @@ class FeatureStudy:
                 f"{cohort.source}: {len(without)} slides have no feature file (first: {without[0]}).",
                 fix="Complete the features column, or name the folder of the files as cohort.features_dir.",
             )
-        run = FeatureRun(settings, RunFolder(settings.out), cohort, reporter)
+        run = FeatureRun.of(settings, cohort, reporter)
         require_own_folder(run.folder)
         remove_leftovers(run.folder.root)
         discard_stale_results(run)

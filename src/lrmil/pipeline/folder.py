@@ -37,23 +37,26 @@ class RunFolder:
     simply repeated, and never taken for what it was before.
     """
 
-    def __init__(self, root: str | Path, trained: str = "folds") -> None:
+    def __init__(self, root: str | Path, trained: str = "folds", task: str | None = None) -> None:
+        """Name everything under `root`; with `task`, what is of that task alone lies in tasks/<task>/."""
         self.root = Path(root)
-        self._trained = self.root / trained
-        self.config = self.root / "config.yaml"
-        self.cohort = self.root / "cohort.csv"
-        self.splits = self.root / "splits.csv"
-        self.failures = self.root / "failures.csv"
+        self._task = task
+        own = self.root if task is None else self.root / "tasks" / task.replace("/", "_")
+        self._trained = own / trained
+        self.config = own / "config.yaml"
+        self.cohort = own / "cohort.csv"
+        self.splits = own / "splits.csv"
+        self.failures = own / "failures.csv"
         self.log = self.root / "log.jsonl"
-        self.seconds = self.root / "seconds.json"
-        self.tables = self.root / "tables"
-        self.report = self.root / "report.html"
-        self.figures = self.root / "figures"
-        self.model = self.root / "model"
-        self.comparison = self.root / "compare"
-        self.heatmaps = self.root / "heatmaps"
-        self.ablation = self.root / "ablation"
-        self.sensitivity = self.root / "sensitivity"
+        self.seconds = own / "seconds.json"
+        self.tables = own / "tables"
+        self.report = own / "report.html"
+        self.figures = own / "figures"
+        self.model = own / "model"
+        self.comparison = own / "compare"
+        self.heatmaps = own / "heatmaps"
+        self.ablation = own / "ablation"
+        self.sensitivity = own / "sensitivity"
 
     def tiles(self, slide_id: str) -> Path:
         """Tissue and grid of a slide; beside it lie a picture, .jpg, and what was read at 5x, .regions.npz."""
@@ -69,7 +72,7 @@ class RunFolder:
 
     def variant(self, name: str) -> RunFolder:
         """Return the same folder with other trained parts, in variants/<name>/."""
-        return RunFolder(self.root, f"variants/{name}")
+        return RunFolder(self.root, f"variants/{name}", self._task)
 
     def is_done(self, step: Path, key: str) -> bool:
         """Say whether the step with that folder was finished with exactly these settings and inputs."""

@@ -35,7 +35,6 @@ from lrmil.pipeline.distill import fold_bag, stored_student
 from lrmil.pipeline.encode import features_name
 from lrmil.pipeline.evaluate import LR_ONLY, LRMIL, TEACHER
 from lrmil.pipeline.figures import answer_title, bag_boxes, slide_figure
-from lrmil.pipeline.folder import RunFolder
 from lrmil.pipeline.heads import slide_bag, stored_head, stored_readout
 from lrmil.pipeline.keys import (
     bag_provenance,
@@ -78,7 +77,7 @@ def heatmaps(
     chosen = _methods(methods, settings)
     cohort = settings_cohort(settings)
     require_usable_slides(cohort)
-    models = _Models(Run(settings, RunFolder(settings.out), cohort, reporter))
+    models = _Models(Run.of(settings, cohort, reporter))
     entries = [models.entry(slide) for slide in slides]
     written = []
     with (
@@ -117,7 +116,7 @@ class _Models:
     def entry(self, slide_id: str) -> SlideEntry:
         """Return a slide of the cohort that a fold tests, or say why there is none."""
         self.run.cohort.patient_of(slide_id)  # says that there is no such slide
-        if slide_id not in self._usable and slide_id not in self._failed:
+        if slide_id not in set(self.run.cohort.labelled()["slide_id"]):
             raise ConfigError(
                 f"{slide_id} has no {self.run.settings.cohort.task}, so no fold tests it.",
                 fix="`lrmil predict` draws what a deployed model looks at.",
@@ -214,7 +213,8 @@ class _Models:
     def _lrmil(self, entry: SlideEntry, split: Split) -> tuple[Path, Bag]:
         run, fold = self.run, self.run.folder.fold(split.name)
         trained = stage1_key(run, split, self.encoder)
-        self._current(fold / "stage1", trained, entry, split, "student encoder", "lrmil run")
+        stage1 = (run.stage1_folder or run.folder).fold(split.name) / "stage1"
+        self._current(stage1, trained, entry, split, "student encoder", "lrmil run")
         student = stored_student(run, split)
         key = student_key(run, split, student, self.encoder)
         step = self._current(fold / "student", key, entry, split, LRMIL, "lrmil run")

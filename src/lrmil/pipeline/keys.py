@@ -2,7 +2,7 @@
 
     tiles      <- slide file, mpp; grid, tissue, tiles
     features   <- tiles; encoder, precision                              (kept inside the feature file)
-    stage 1    <- tiles of the fold's training and validation slides; 20x features; stage1
+    stage 1    <- tiles of the fold's training and validation slides, of all tasks; 20x features; stage1
                   with lambda_attention_feature also <- the fold's teacher head
     a head     <- tiles and labels of those slides; its encoder; its settings
     student    <- the same; the student encoder; the teacher head; student
@@ -25,6 +25,8 @@ from lrmil.pipeline.config import decisive_settings
 from lrmil.pipeline.context import Run, SlideEntry, Split
 from lrmil.settings import fingerprint
 from lrmil.training.stage2 import TeacherSettings
+
+_LEARNED = ("train", "val")
 
 
 def tile_key(run: Run, entry: SlideEntry) -> str:
@@ -49,7 +51,18 @@ def stage1_key(run: Run, split: Split, teacher_encoder: Encoder) -> str:
     parts = [features_of(run, teacher_encoder), s.encoder.student_embedding, s.stage1, s.seed, split.name]
     if s.stage1.loss.lambda_attention_feature:
         parts.append(label_head_key(run, split, teacher_encoder, "teacher"))
-    return fingerprint(*parts, _learned_from(run, split))
+    pictures = {part: {s: tile_key(run, run.entry(s)) for s in stage1_slides(run, split, part)} for part in _LEARNED}
+    return fingerprint(*parts, pictures)
+
+
+def stage1_slides(run: Run, split: Split, part: str) -> tuple[str, ...]:
+    """Return the slides of "train" or "val" that stage 1 sees: it needs no labels, so those of all tasks.
+
+    With `lambda_attention_feature` it needs what this task's teacher says, and sees this task's.
+    """
+    if run.settings.stage1.loss.lambda_attention_feature:
+        return split.of(part)
+    return split.pictured.get(part, split.of(part))
 
 
 def label_head_key(run: Run, split: Split, encoder: Encoder, name: str) -> str:
@@ -103,7 +116,7 @@ def _known_identity(entry: SlideEntry) -> dict[str, object] | None:
 
 
 def _learned_from(run: Run, split: Split) -> dict[str, dict[str, str]]:
-    return {part: {slide: tile_key(run, run.entry(slide)) for slide in split.of(part)} for part in ("train", "val")}
+    return {part: {slide: tile_key(run, run.entry(slide)) for slide in split.of(part)} for part in _LEARNED}
 
 
 def _targets(run: Run, slides: Iterable[str]) -> dict[str, Any]:

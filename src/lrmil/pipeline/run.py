@@ -63,7 +63,7 @@ def run_all(
         study.do(stage)
         if stage == "encode" and settings.deploy:
             # Slides that failed may leave it without a part; that should be known before anything is trained.
-            final = deployment_split(run, study.slides)
+            final = deployment_split(run, study.pictured)
     found = TestPredictions(run)
     for split in study.folds:
         found.add(TEACHER, split, study.teacher_answers[split.name])

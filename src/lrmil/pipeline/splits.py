@@ -7,6 +7,7 @@ from collections.abc import Collection
 import pandas as pd
 
 from lrmil.errors import CohortError
+from lrmil.pipeline.cohort import labelled_for_any
 from lrmil.pipeline.context import Run, Split
 from lrmil.training.clam_splits import read_clam_splits
 from lrmil.training.folds import FINAL, Splits, final_split, fold_columns, folds_for
@@ -76,20 +77,29 @@ _STRATUM = "stratum of the task"
 
 
 def _stratified(run: Run) -> pd.DataFrame:
-    """Return the labelled rows with what folds are stratified by: classes, or groups of numbers or of survival."""
-    table = run.cohort.labelled()
-    strata = run.cohort.strata(run.settings.cohort.task, num_folds=run.settings.folds.num_folds)
+    """Return the labelled rows with what folds are stratified by: classes, or groups of numbers or of survival.
+
+    Tasks that share folds are stratified together, in the order of the config, whichever of them is run.
+    """
+    table, num_folds = labelled_for_any(run.cohort), run.settings.folds.num_folds
+    if run.settings.cohort.tasks:
+        strata = run.cohort.joint_strata(list(run.settings.cohort.tasks), num_folds=num_folds)
+    else:
+        strata = run.cohort.strata(run.settings.cohort.task, num_folds=num_folds)
     return table.assign(**{_STRATUM: strata[table.index]})
 
 
 def _split(run: Run, splits: Splits, column: str, name: str, title: str, usable: Collection[str]) -> Split:
-    table = run.cohort.labelled()
+    table = labelled_for_any(run.cohort)
+    labelled = set(run.cohort.labelled()["slide_id"])
     parts = splits.part_of(column, list(table["patient_id"]))
-    slides: dict[str, list[str]] = {"train": [], "val": [], "test": [], "": []}
+    pictured: dict[str, list[str]] = {"train": [], "val": [], "test": [], "": []}
     for slide_id, part in zip(table["slide_id"], parts, strict=True):
         if slide_id in usable:
-            slides[str(part)].append(str(slide_id))
-    return Split(name, title, tuple(slides["train"]), tuple(slides["val"]), tuple(slides["test"]))
+            pictured[str(part)].append(str(slide_id))
+    train, val, test = (tuple(s for s in pictured[part] if s in labelled) for part in ("train", "val", "test"))
+    more = {part: tuple(pictured[part]) for part in ("train", "val")}
+    return Split(name, title, train, val, test, more if more != {"train": train, "val": val} else {})
 
 
 def _require_parts(run: Run, split: Split) -> None:

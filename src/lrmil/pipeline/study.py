@@ -19,7 +19,6 @@ from lrmil.pipeline.config import RunSettings, save_config
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.distill import distil_fold, distilled_layers, fold_bag, stored_student
 from lrmil.pipeline.encode import encode_children, encode_regions, features_name, read_regions
-from lrmil.pipeline.folder import RunFolder
 from lrmil.pipeline.heads import Outputs, read_bags
 from lrmil.pipeline.keys import features_of
 from lrmil.pipeline.pixels import RegionPixels
@@ -76,7 +75,7 @@ class Study:
         cohort = settings_cohort(settings)
         reporter.line(cohort.summary())
         require_usable_slides(cohort)
-        run = Run(settings, RunFolder(settings.out), cohort, reporter)
+        run = Run.of(settings, cohort, reporter)
         require_own_folder(run.folder)
         encoder = run.build_encoder().to(run.device)
         require_fitting_parts(run, encoder)
@@ -94,12 +93,13 @@ class Study:
         Its own trained parts lie in variants/<name>/. Stage 1 and teacher are shared where their settings are equal.
         """
         here = self.run.settings
-        shared = self.run.folder if settings.seed == here.seed else None
+        same = settings.seed == here.seed
+        shared, stage1 = (self.run.folder, self.run.stage1_folder or self.run.folder) if same else (None, None)
         run = replace(
             self.run,
             settings=settings,
             folder=self.run.folder.variant(name),
-            stage1_folder=shared if settings.stage1 == here.stage1 and settings.encoder == here.encoder else None,
+            stage1_folder=stage1 if settings.stage1 == here.stage1 and settings.encoder == here.encoder else None,
             teacher_folder=shared if settings.teacher == here.teacher else None,
         )
         return Study(run, self.encoder, self.grids, self.folds, self.proof, main=self)
@@ -140,7 +140,13 @@ class Study:
 
     @property
     def slides(self) -> list[str]:
-        """Ids of the slides that are tiled and have not failed."""
+        """Ids of the slides that have a label, are tiled, and have not failed."""
+        labelled = set(self.run.cohort.labelled()["slide_id"])
+        return [e.slide_id for e in self.run.entries() if e.slide_id in self.grids and e.slide_id in labelled]
+
+    @property
+    def pictured(self) -> list[str]:
+        """Ids of the slides that any task labels, are tiled, and have not failed."""
         return [e.slide_id for e in self.run.entries() if e.slide_id in self.grids]
 
     def student_bags(self, split: Split) -> dict[str, Bag]:
@@ -181,7 +187,7 @@ class Study:
             for head in self.choosers:
                 encode_scales(run, self.grids, self.encoder, head)
             self._require_some()
-            self.folds, self.proof = make_splits(run, self.slides)
+            self.folds, self.proof = make_splits(run, self.pictured)
         elif stage == "distill":
             if s.stage1.loss.lambda_attention_feature:
                 # The released extra loss weighs children by a teacher head's attention, which must then exist first.
