@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lrmil.bags import Bag, write_bag
 from lrmil.errors import ConfigError
 from lrmil.evaluation.values import Values
 from lrmil.inference import load_bundle
@@ -294,3 +295,51 @@ def test_every_patient_counts_once_in_a_median_risk(lab: Any, table: Path, tmp_p
     two = next(own for own in slides if len(own) == 2)
     one = next(own for own in slides if len(own) == 1)
     assert median_of_patients(run, {two[0]: 1.0, two[1]: 3.0, one[0]: 8.0}) == 5.0
+
+
+@pytest.mark.parametrize(
+    ("task", "heads", "seeds"),
+    [
+        ("regression", ["abmil", "dtfd"], [0]),
+        ("hazards", ["abmil", "clam_sb"], [0]),
+        ("cox", ["mean_pool", "abmil"], [0, 1]),
+    ],
+)
+def test_features_alone_are_compared_for_each_task(
+    task: str, heads: list[str], seeds: list[int], tmp_path: Path
+) -> None:
+    """On features that tell the number, and the risk, as their first column."""
+    rows = []
+    for number in range(18):
+        rng = np.random.default_rng(number)
+        features = rng.normal(size=(9, 4)).astype(np.float32) * 0.1
+        strength = (number * 7 % 18) / 9 - 1
+        features[:, 0] += 2 * strength
+        path = tmp_path / f"s{number}.h5"
+        write_bag(path, Bag(features=features, coords_l0=np.arange(18).reshape(-1, 2), slide=path.stem))
+        row = {"slide_id": f"s{number}", "patient_id": f"p{number}", "features": str(path)}
+        rows.append(row | {"share": strength, "time": 10.0 - 4 * strength, "event": int(number % 6 != 0)})
+    pd.DataFrame(rows).to_csv(tmp_path / "cohort.csv", index=False)
+    tree = config_of(task, tmp_path / "cohort.csv") | {
+        "out": str(tmp_path / "run"),
+        "folds": {"num_folds": 3},
+        "teacher": {"epochs": 25, "learning_rate": 1e-2},
+        "evaluation": {"bootstrap": 100},
+        "compare": {
+            "methods": ["majority", *heads],
+            "jobs": 1,
+            "seeds": seeds,
+            "options": {"dtfd": {"groups": 2, "distillation": "afs"}} if "dtfd" in heads else {},
+        },
+        "device": "cpu",
+    }
+    compare(parse_config(tree), quiet())
+    folder = tmp_path / "run" / "compare"
+    results = pd.read_csv(folder / "results.csv").set_index("method")
+    assert len(results) == 1 + len(heads)
+    assert (results["seeds"] == len(seeds)).all()
+    main, good = ("spearman", 0.8) if task == "regression" else ("c_index", 0.8)
+    assert results.loc["ABMIL", main] > good, results[main]
+    if task != "regression":
+        risk = pd.read_csv(folder / "risk.csv").set_index("method")
+        assert risk.loc["ABMIL", "p_value"] < 0.05
