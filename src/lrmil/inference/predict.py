@@ -213,7 +213,7 @@ class Bundle:
 
         head_began = time.perf_counter()
         with torch.inference_mode():
-            # Training rounds features to float16 on disk, far below what an answer notices. Corners: for heads that use them.
+            # Training's features were rounded to float16 on disk, by less than an answer notices.
             bag = torch.from_numpy(seen.embedding).to(self.device, torch.float32)
             out = self.head(bag, coords=torch.from_numpy(boxes_l0[:, :2].copy()).to(self.device))
             reading = (m.readout or Readout()).read(self.head, out.logits)
