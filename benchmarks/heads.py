@@ -5,8 +5,9 @@
 
 Every case runs in a process of its own, so that none inherits the memory, threads or caches of another. A training step
 is forward, loss, backward and Adam on one bag; a prediction is a forward pass in inference mode. Before the clock runs,
-each is done once. Peak memory is what a step takes beyond the process with its bag and its weights: on a GPU as torch
-counts it, else as the kernel does, where it can be reset (Linux). Bags are random, and the weights drawn at random.
+each is done once. Peak memory is what steps take beyond the process with its bag and its weights, gradients and Adam's
+moments among it: on a GPU as torch counts it, else as the kernel does, where it can be reset (Linux). Bags and weights
+are drawn at random.
 
 torchmil's classes are called directly, with their own defaults; their widths therefore differ, see the parameters.
 """
@@ -31,7 +32,12 @@ MORE_TRAINING = (50_000,)
 THUMBNAIL_PX = 16
 TORCHMIL = {"abmil": "ABMIL", "clam_sb": "CLAM_SB", "dsmil": "DSMIL", "transmil": "TransMIL", "dtfd": "DTFDMIL"}
 """Heads that torchmil has, too"""
-OPTIONS: dict[str, dict[str, Any]] = {"clam_sb": {"subtyping": True}, "clam_mb": {"subtyping": True}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "clam_sb": {"subtyping": True},
+    "clam_mb": {"subtyping": True},
+    # Attention for heatmaps is no part of the answer.
+    "transmil": {"rollout": False},
+}
 
 
 def main() -> None:
@@ -183,12 +189,14 @@ def torchmil_step(head: str, work: str, size: int, width: int, device: Any) -> t
 
     model = getattr(torchmil.models, head.partition(" ")[2])(in_shape=(width,)).to(device)
     bag, label = torch.randn(1, size, width, device=device), torch.ones(1, device=device)
+    # Its DTFD-MIL cannot do without the mask of bags that are filled up.
+    more = {"mask": torch.ones(1, size, dtype=torch.bool, device=device)} if head.endswith("DTFDMIL") else {}
     if work == "predict":
-        return model, predicting(model, lambda: model(bag)), size
+        return model, predicting(model, lambda: model(bag, **more)), size
     model.train()
 
     def loss() -> Any:
-        return sum(model.compute_loss(label, bag)[1].values())
+        return sum(model.compute_loss(label, bag, **more)[1].values())
 
     return model, training(model, loss), size
 
