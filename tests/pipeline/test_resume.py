@@ -47,7 +47,7 @@ POINTS = [
     ("lrmil.pipeline.distill.write_bag", 5),
     ("lrmil.pipeline.distill.write_json", 1),
     ("lrmil.pipeline.heads.store_head", 2),
-    ("lrmil.pipeline.heads._store_outputs", 2),
+    ("lrmil.pipeline.heads.store_outputs", 2),
     ("lrmil.pipeline.student.train_student", 2),
     ("lrmil.pipeline.encode.write_bag", 6),
     ("lrmil.pipeline.heads.write_json", 3),
