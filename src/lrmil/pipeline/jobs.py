@@ -12,6 +12,7 @@ import torch
 from joblib import Parallel, delayed
 
 from lrmil.pipeline.context import Run
+from lrmil.pipeline.folder import RunFolder
 from lrmil.pipeline.heads import Outputs, load_outputs, store_outputs, store_trained, stored_head, stored_readout
 from lrmil.training.objectives import Objective
 from lrmil.training.stage2 import SlideBag, TeacherSettings, predict_bags, train_teacher
@@ -78,15 +79,23 @@ def job_outputs(job: HeadJob) -> Outputs:
     return outputs
 
 
-def do_job(job: HeadJob) -> JobReport:
-    """Train, store and ask one head, as far as that is not done."""
-    from lrmil.pipeline.folder import RunFolder
+def do_job(job: HeadJob, parent: int | None = None) -> JobReport:
+    """Train, store and ask one head, as far as that is not done.
 
+    With `parent`, the process that waits for the answer: if it was killed, the work ends with the epoch. A worker would
+    else train on for hours, for nobody, on cores that the resumed run needs.
+    """
     folder = RunFolder(job.step)
     notes: tuple[str, ...] = ()
     if not folder.is_done(job.step, job.key):
         folder.begin(job.step)
         epochs: list[dict[str, object]] = []
+
+        def on_epoch(record: dict[str, object]) -> None:
+            if parent is not None and os.getppid() != parent:
+                os._exit(1)
+            epochs.append(record)
+
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module=r"lrmil\.")
             trained = train_teacher(
@@ -96,7 +105,7 @@ def do_job(job: HeadJob) -> JobReport:
                 objective=job.objective,
                 seed=job.seed,
                 device=job.device,
-                on_epoch=epochs.append,
+                on_epoch=on_epoch,
             )
         notes = trained.fit.notes
         store_trained(folder, job.step, job.key, trained, epochs)
@@ -115,9 +124,9 @@ def _reports(jobs: Sequence[HeadJob], workers: int) -> Iterator[JobReport]:
     threads = max(1, (os.cpu_count() or 1) // workers)
     # Arrays above max_nbytes are written to disk once and mapped by every process.
     pool = Parallel(n_jobs=workers, return_as="generator_unordered", max_nbytes="256K", mmap_mode="r")
-    yield from pool(delayed(_do_job_with)(threads, job) for job in jobs)
+    yield from pool(delayed(_do_job_with)(threads, os.getpid(), job) for job in jobs)
 
 
-def _do_job_with(threads: int, job: HeadJob) -> JobReport:
+def _do_job_with(threads: int, parent: int, job: HeadJob) -> JobReport:
     torch.set_num_threads(threads)
-    return do_job(job)
+    return do_job(job, parent)
