@@ -14,7 +14,7 @@ from lrmil.distill import Stage2LossSettings
 from lrmil.errors import ConfigError, HeadError
 from lrmil.mil import HeadSettings, head_cards, registry
 from lrmil.mil.recipe import Recipe
-from lrmil.training import stage2
+from lrmil.training import stage2, steps
 from lrmil.training.objectives import Classification, Cox, Hazards
 from lrmil.training.recipes import training_recipe
 from lrmil.training.stage2 import (
@@ -143,14 +143,14 @@ def test_accumulation_schedule_and_weighted_f1_reach_training(own_recipe: Any, m
     train, val = _bags(9, 1), _bags(6, 2)
     rates: list[float] = []
     sizes: list[int] = []
-    original = stage2.run_epoch
+    original = steps.run_epoch
 
     def spy(count: int, size: int, **named: Any) -> Mapping[str, float]:
         rates.append(named["optimizer"].param_groups[0]["lr"])
         sizes.append(size)
         return original(count, size, **named)
 
-    monkeypatch.setattr(stage2, "run_epoch", spy)
+    monkeypatch.setattr(steps, "run_epoch", spy)
     recipe = Recipe(
         1e-3, epochs=4, accumulate=2, schedule="step", schedule_epochs=2, schedule_factor=0.1, select_by="weighted_f1"
     )

@@ -19,14 +19,14 @@ from lrmil.errors import ConfigError, CorruptBag, HeadError
 from lrmil.mil import HeadOutput, MultiScaleHead, MultiScaleOutput, PatchSource, create_head
 from lrmil.mil.readout import Readout
 from lrmil.mil.recipe import Recipe
-from lrmil.training.loop import FitResult, OnEpoch, Validation, fit, isolated_seed, run_epoch
-from lrmil.training.objectives import Classification, FittedObjective, Objective
+from lrmil.training.loop import FitResult, OnEpoch, Validation, fit, isolated_seed
+from lrmil.training.objectives import FittedObjective, Objective, asked_objective
 from lrmil.training.optimisers import make_optimiser, make_scheduler
-from lrmil.training.predict import BagPrediction
+from lrmil.training.predict import BagPrediction, prediction_of
 from lrmil.training.recipes import HeadTrainingSettings, training_recipe
 from lrmil.training.seeds import derive_seed
 from lrmil.training.slide_bags import SlideBag, few_threads
-from lrmil.training.steps import HeadStep
+from lrmil.training.steps import HeadStep, head_epoch, labels_for
 from lrmil.training.support import fitting_head
 
 
@@ -81,8 +81,8 @@ def train_scales(
         val: slides that choose the epoch. In HDMIL's first step they are judged with all patches, in the second as
             deployed: by the patches that thumbnails choose.
         settings: head, recipe and its numbers. With `recipe: original` each step follows its own program's.
-        num_classes: C, where the task is one of classes; labels are 0..C-1.
-        objective: of any other task, in its place.
+        num_classes: see `train_teacher`.
+        objective: see `train_teacher`.
         seed: of the head's first weights, the order of slides, and noise.
         device: where to train; features come to it as they are asked for.
         on_epoch: called with each epoch's record, in which `step` names the step.
@@ -94,9 +94,7 @@ def train_scales(
         HeadError: no such head or option; or a slide does not hold what the head asks for.
         TrainingError: a loss is not finite.
     """
-    if (num_classes is None) == (objective is None):
-        raise ConfigError("a head is trained for num_classes or for an objective.", fix="Give one of the two.")
-    wanted = objective or Classification(int(num_classes or 0))
+    wanted = asked_objective(num_classes, objective)
     chosen = fitting_head(settings.head, wanted)
     _require_slides(train, val)
     in_dim = _width(train[0])
@@ -115,11 +113,7 @@ def train_scales(
     device = torch.device(device)
     head.to(device)
     targets = fitted.tensor(train_targets).to(device)
-    labels: list[Tensor | None] = [None] * len(train)
-    if wanted.name == "classification":
-        labels = [
-            None if label is None else torch.tensor(label, device=device) for label in fitted.labels(train_targets)
-        ]
+    labels = labels_for(chosen.name, fitted, train_targets, device)
     strata = fitted.strata(train_targets)
 
     def train_step(name: str) -> FitResult:
@@ -128,26 +122,13 @@ def train_scales(
         optimizer = make_optimiser(recipe, head)
         step = _ScalesStep(head, fitted, recipe, train, targets, labels)
 
-        def train_epoch(generator: torch.Generator) -> Mapping[str, float]:
-            return run_epoch(
-                len(train),
-                max(recipe.accumulate, fitted.bags_per_step),
-                load=lambda indices: indices,
-                step=step,
-                optimizer=optimizer,
-                generator=generator,
-                name=lambda indices: f"slide {', '.join(train[int(i)].slide_id for i in indices)}",
-                at_least=fitted.joint,
-                weights=_balanced(strata) if recipe.balanced_sampler else None,
-            )
-
         def validate() -> Validation:
             logits = torch.stack([_ask(head, slide).logits for slide in val])
             return fitted.validation(head, logits, val_targets, recipe.select_by)
 
         return fit(
             head,
-            train=train_epoch,
+            train=head_epoch(step, [slide.slide_id for slide in train], optimizer, strata),
             validate=validate,
             recipe=recipe,
             seed=seed if name == head.steps[0] else derive_seed(seed, name),
@@ -183,19 +164,7 @@ def predict_scales(
     found = []
     with torch.inference_mode():
         for slide in slides:
-            logits = _ask(head, slide).logits
-            reading = readout.read(head, logits)
-            found.append(
-                BagPrediction(
-                    slide_id=slide.slide_id,
-                    logits=logits.float().cpu().numpy(),
-                    probabilities=reading.probabilities,
-                    attention_logits=None,
-                    attention=None,
-                    value=None if reading.value is None else float(reading.value),
-                    survival=reading.survival,
-                )
-            )
+            found.append(prediction_of(slide.slide_id, head, _ask(head, slide), readout))
     return found
 
 
@@ -230,12 +199,6 @@ def _ask(head: Any, slide: SlideSource, label: Tensor | None = None) -> MultiSca
 def _recipe(settings: HeadTrainingSettings, head: MultiScaleHead, step: str) -> Recipe:
     whole = training_recipe(settings)
     return head.step_recipes.get(step, whole) if settings.recipe == "original" else whole
-
-
-def _balanced(strata: npt.NDArray[np.int64]) -> Tensor:
-    """Weights (S,) that draw every group as often as the others."""
-    _, group, count = np.unique(strata, return_inverse=True, return_counts=True)
-    return torch.from_numpy(1.0 / count[group])
 
 
 def _width(slide: SlideSource) -> int:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lrmil.mil.base import MILHead
+from lrmil.mil.base import Head, HeadOutput, MILHead
 from lrmil.mil.readout import Readout
 from lrmil.training.slide_bags import SlideBag, check_bag, coords_tensor, features_tensor
 
@@ -59,19 +59,22 @@ def predict_bags(
         for bag in bags:
             check_bag(bag, head.in_dim)
             output = head(features_tensor(bag, device), coords=coords_tensor(bag, device))
-            reading = readout.read(head, output.logits)
-            found.append(
-                BagPrediction(
-                    slide_id=bag.slide_id,
-                    logits=_array(output.logits),
-                    probabilities=reading.probabilities,
-                    attention_logits=None if output.attention_logits is None else _array(output.attention_logits),
-                    attention=None if output.attention is None else _array(output.attention),
-                    value=None if reading.value is None else float(reading.value),
-                    survival=reading.survival,
-                )
-            )
+            found.append(prediction_of(bag.slide_id, head, output, readout))
     return found
+
+
+def prediction_of(slide_id: str, head: Head, output: HeadOutput, readout: Readout) -> BagPrediction:
+    """Put down what a head said about one slide, read as `readout` says."""
+    reading = readout.read(head, output.logits)
+    return BagPrediction(
+        slide_id=slide_id,
+        logits=_array(output.logits),
+        probabilities=reading.probabilities,
+        attention_logits=None if output.attention_logits is None else _array(output.attention_logits),
+        attention=None if output.attention is None else _array(output.attention),
+        value=None if reading.value is None else float(reading.value),
+        survival=reading.survival,
+    )
 
 
 def _array(tensor: Tensor) -> FloatArray:

@@ -10,23 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from lrmil.distill import Stage2LossSettings
 from lrmil.errors import ConfigError
-from lrmil.geometry import IntArray
 from lrmil.mil import HeadSettings, MILHead, create_head, head_cards
 from lrmil.mil.readout import Readout
-from lrmil.training.loop import FitResult, OnEpoch, Validation, fit, isolated_seed, run_epoch
-from lrmil.training.objectives import Classification, FittedObjective, Objective
+from lrmil.training.loop import FitResult, OnEpoch, Validation, fit, isolated_seed
+from lrmil.training.objectives import FittedObjective, Objective, asked_objective
 from lrmil.training.objectives.classification import selection_auc
 from lrmil.training.optimisers import make_optimiser, make_scheduler
 from lrmil.training.predict import BagPrediction, predict_bags
 from lrmil.training.recipes import HeadTrainingSettings, training_recipe
 from lrmil.training.slide_bags import ResidentBags, SlideBag, check_splits, few_threads
-from lrmil.training.steps import HeadStep
-from lrmil.training.support import fitting_head, support
+from lrmil.training.steps import HeadStep, head_epoch, labels_for
+from lrmil.training.support import fitting_head
 from lrmil.training.teaching import (
     Distil,
     TeacherSignal,
@@ -109,7 +107,7 @@ def train_teacher(
         HeadError: no such head or option.
         TrainingError: a loss is not finite.
     """
-    wanted = _objective(num_classes, objective)
+    wanted = asked_objective(num_classes, objective)
     return _train(train, val, settings, wanted, settings.head, None, seed, torch.device(device), on_epoch)
 
 
@@ -144,7 +142,7 @@ def train_student(
         And what `train_teacher` raises.
     """
     device = torch.device(device)
-    wanted = _objective(num_classes, objective)
+    wanted = asked_objective(num_classes, objective)
 
     def teach(fitted: FittedObjective) -> Distil:
         return distillation(train, teacher, settings.loss, fitted, device)
@@ -191,12 +189,6 @@ def trainable_pair(
     return teaching, fitting_head(student_head(student), objective)
 
 
-def _objective(num_classes: int | None, objective: Objective | None) -> Objective:
-    if (num_classes is None) == (objective is None):
-        raise ConfigError("a head is trained for num_classes or for an objective.", fix="Give one of the two.")
-    return objective if num_classes is None and objective is not None else Classification(int(num_classes or 0))
-
-
 def _train(
     train: Sequence[SlideBag],
     val: Sequence[SlideBag],
@@ -225,25 +217,8 @@ def _train(
     head.to(device)
     optimizer = make_optimiser(recipe, head)
     bags = ResidentBags([*train, *val], device)
-    labels: list[torch.Tensor | None] = [None] * len(train)
-    if objective.name == "classification" or support(chosen.name, objective.name).how == "bins":
-        known = fitted.labels(train_targets)
-        labels = [None if label is None else torch.tensor(label, device=device) for label in known]
+    labels = labels_for(chosen.name, fitted, train_targets, device)
     step = HeadStep(head, fitted, recipe, bags, fitted.tensor(train_targets).to(device), labels, distil)
-    weights = _balanced(fitted.strata(train_targets)) if recipe.balanced_sampler else None
-
-    def train_epoch(generator: torch.Generator) -> Mapping[str, float]:
-        return run_epoch(
-            len(train),
-            max(recipe.accumulate, fitted.bags_per_step),
-            load=lambda indices: indices,
-            step=step,
-            optimizer=optimizer,
-            generator=generator,
-            name=lambda indices: f"slide {', '.join(train[int(i)].slide_id for i in indices)}",
-            at_least=fitted.joint,
-            weights=weights,
-        )
 
     def validate() -> Validation:
         places = range(len(train), len(train) + len(val))
@@ -253,7 +228,7 @@ def _train(
     with few_threads([*train, *val], device):
         result = fit(
             head,
-            train=train_epoch,
+            train=head_epoch(step, [bag.slide_id for bag in train], optimizer, fitted.strata(train_targets)),
             validate=validate,
             recipe=recipe,
             seed=seed,
@@ -261,9 +236,3 @@ def _train(
             after_epoch=make_scheduler(recipe, optimizer),
         )
     return TrainedHead(head, result, fitted)
-
-
-def _balanced(strata: IntArray) -> torch.Tensor:
-    """Weights (S,) that draw every group as often as the others."""
-    _, group, count = np.unique(strata, return_inverse=True, return_counts=True)
-    return torch.from_numpy(1.0 / count[group])

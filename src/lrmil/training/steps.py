@@ -8,17 +8,20 @@ same random numbers, with gradient, of the sum of g_i y_i. The result is the sam
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lrmil.geometry import IntArray
 from lrmil.mil import HeadOutput, MILHead
 from lrmil.mil.recipe import Recipe
-from lrmil.training.objectives import FittedObjective
+from lrmil.training.loop import run_epoch
+from lrmil.training.objectives import FittedObjective, Targets
 from lrmil.training.slide_bags import ResidentBags
+from lrmil.training.support import support
 from lrmil.training.teaching import Distil
 
 MAIN = ""
@@ -158,3 +161,46 @@ class HeadStep:
         torch.set_rng_state(state[0])
         if state[1] is not None:
             torch.cuda.set_rng_state(state[1], self.targets.device)
+
+
+def head_epoch(
+    step: HeadStep, slide_ids: Sequence[str], optimizer: torch.optim.Optimizer, strata: IntArray
+) -> Callable[[torch.Generator], Mapping[str, float]]:
+    """Return what `fit` calls for one pass over the training slides.
+
+    Args:
+        step: makes the gradients; slides are its `bags`, of which the first S are trained on.
+        slide_ids: of these (S,), for messages.
+        optimizer: over the parameters of the head.
+        strata: (S,) groups, see `FittedObjective.strata`; they count if the recipe asks for a balanced sampler.
+    """
+    recipe, objective = step.recipe, step.objective
+
+    def train_epoch(generator: torch.Generator) -> Mapping[str, float]:
+        return run_epoch(
+            len(slide_ids),
+            max(recipe.accumulate, objective.bags_per_step),
+            load=lambda indices: indices,
+            step=step,
+            optimizer=optimizer,
+            generator=generator,
+            name=lambda indices: f"slide {', '.join(slide_ids[int(i)] for i in indices)}",
+            at_least=objective.joint,
+            weights=_balanced(strata) if recipe.balanced_sampler else None,
+        )
+
+    return train_epoch
+
+
+def labels_for(head: str, objective: FittedObjective, targets: Targets, device: torch.device) -> list[Tensor | None]:
+    """Return, slide by slide, the class that the own losses of the head of that name are told; None: none."""
+    meaning = objective.readout.meaning
+    if meaning != "classification" and support(head, meaning).how != "bins":
+        return [None] * len(targets)
+    return [None if label is None else torch.tensor(label, device=device) for label in objective.labels(targets)]
+
+
+def _balanced(strata: IntArray) -> Tensor:
+    """Weights (S,) that draw every group as often as the others."""
+    _, group, count = np.unique(strata, return_inverse=True, return_counts=True)
+    return torch.from_numpy(1.0 / count[group])

@@ -1,7 +1,7 @@
 """What a head is trained for: its loss, how a student follows a teacher, and what chooses epochs. One file a task."""
 
 from lrmil.training.objectives.base import FittedObjective, Objective, Targets
-from lrmil.training.objectives.choose import ObjectiveSettings, make_objective
+from lrmil.training.objectives.choose import ObjectiveSettings, asked_objective, make_objective
 from lrmil.training.objectives.classification import Classification
 from lrmil.training.objectives.cox import Cox
 from lrmil.training.objectives.hazards import Hazards
@@ -16,5 +16,6 @@ __all__ = [
     "ObjectiveSettings",
     "Regression",
     "Targets",
+    "asked_objective",
     "make_objective",
 ]

@@ -30,6 +30,19 @@ class ObjectiveSettings(Settings):
     )
 
 
+def asked_objective(num_classes: int | None, objective: Objective | None) -> Objective:
+    """Return what a head is to be trained for, where either a number of classes or an objective is given.
+
+    Raises:
+        ConfigError: both are, or neither.
+    """
+    if objective is not None and num_classes is None:
+        return objective
+    if objective is None and num_classes is not None:
+        return Classification(num_classes)
+    raise ConfigError("a head is trained for num_classes or for an objective.", fix="Give one of the two.")
+
+
 def make_objective(
     kind: TaskKind, num_classes: int | None = None, settings: ObjectiveSettings | None = None
 ) -> Objective:
