@@ -16,7 +16,6 @@ Biometrics 30, 1974; Katzman et al.: DeepSurv, BMC Med Res Methodol 18, 2018.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,19 +25,14 @@ from torch import Tensor
 
 from lrmil.distill import Stage2LossSettings
 from lrmil.errors import ConfigError
-from lrmil.geometry import IntArray
-from lrmil.mil.base import Head
 from lrmil.mil.readout import Readout
-from lrmil.mil.recipe import SelectBy
-from lrmil.training.loop import Validation
-from lrmil.training.objectives.base import BagDistance, FittedObjective, Objective, Targets, without_temperature
+from lrmil.training.objectives.base import BagDistance, Targets, without_temperature
 from lrmil.training.objectives.quantile_bins import quantile_edges
-from lrmil.training.objectives.survival import NO_PAIRS, concordance, known_bins, times_and_events
-from lrmil.training.slide_bags import SlideBag
+from lrmil.training.objectives.survival import NO_PAIRS, FittedSurvival, Survival, concordance
 
 
 @dataclass(frozen=True)
-class Cox(Objective):
+class Cox(Survival):
     """Log-risk, from `SlideBag.target` (time, event)."""
 
     name = "cox"
@@ -55,10 +49,6 @@ class Cox(Objective):
         """The bins of time."""
         return self.label_bins
 
-    def targets(self, bags: Sequence[SlideBag], split: str) -> Targets:
-        """Return time and event (S, 2)."""
-        return times_and_events(bags, split)
-
     def fit(self, targets: Targets) -> FittedCox:
         """Take the bins of the events' times."""
         if np.isnan(concordance(np.zeros(len(targets)), targets)):
@@ -67,18 +57,16 @@ class Cox(Objective):
                 fix="Use fewer folds, or folds with events in each.",
             )
         seen = targets[targets[:, 1] > 0, 0]
-        return FittedCox(self.bags_per_step, quantile_edges(seen, self.label_bins))
+        return FittedCox(quantile_edges(seen, self.label_bins), self.bags_per_step)
 
 
 @dataclass(frozen=True)
-class FittedCox(FittedObjective):
-    """See `FittedObjective`."""
+class FittedCox(FittedSurvival):
+    """See `FittedObjective`; the bins of time serve parts of heads that need classes."""
 
     loss_name: ClassVar[str] = "cox"
-    score_name: ClassVar[str] = "c_index"
     joint: ClassVar[bool] = True
     slides_together: int
-    edges: tuple[float, ...]
 
     @property
     def bags_per_step(self) -> int:
@@ -114,21 +102,6 @@ class FittedCox(FittedObjective):
         spread = float(teacher_logits.detach().double().std(correction=0))
         variance = spread**2 if spread > 1e-6 else 1.0
         return lambda teacher, student: (student.float() - teacher.detach().float()).square().mean() / variance
-
-    def labels(self, targets: Targets) -> list[int | None]:
-        """Quantile bins of the training split's event times; unknown for most that are censored."""
-        return known_bins(targets, self.edges)
-
-    def strata(self, targets: Targets) -> IntArray:
-        """Whether there was an event."""
-        return targets[:, 1].astype(np.int64)
-
-    def validation(self, head: Head, logits: Tensor, targets: Targets, select_by: SelectBy) -> Validation:
-        """Partial likelihood of the whole split at once; C-index."""
-        risk = self.readout.read(head, logits).value
-        assert risk is not None
-        loss = self.loss(logits.double().cpu(), self.tensor(targets))
-        return Validation(float(loss), concordance(risk, targets), self.score_name, undefined=NO_PAIRS)
 
     def check_validation(self, targets: Targets) -> None:
         """Neither the partial likelihood nor the C-index says anything without a pair in order."""

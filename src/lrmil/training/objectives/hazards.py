@@ -15,7 +15,6 @@ censored times is used; Gensheimer, Narasimhan: A scalable discrete-time surviva
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,19 +25,14 @@ from torch import Tensor
 
 from lrmil.distill import Stage2LossSettings
 from lrmil.errors import ConfigError
-from lrmil.geometry import IntArray
-from lrmil.mil.base import Head
 from lrmil.mil.readout import Readout
-from lrmil.mil.recipe import SelectBy
-from lrmil.training.loop import Validation
-from lrmil.training.objectives.base import BagDistance, FittedObjective, Objective, Targets
+from lrmil.training.objectives.base import BagDistance, Targets
 from lrmil.training.objectives.quantile_bins import bin_of, quantile_edges
-from lrmil.training.objectives.survival import NO_PAIRS, concordance, known_bins, times_and_events
-from lrmil.training.slide_bags import SlideBag
+from lrmil.training.objectives.survival import FittedSurvival, Survival
 
 
 @dataclass(frozen=True)
-class Hazards(Objective):
+class Hazards(Survival):
     """Hazards of `intervals` intervals, from `SlideBag.target` (time, event)."""
 
     name = "hazards"
@@ -48,10 +42,6 @@ class Hazards(Objective):
     def outputs(self) -> int:
         """One logit an interval."""
         return self.intervals
-
-    def targets(self, bags: Sequence[SlideBag], split: str) -> Targets:
-        """Return time and event (S, 2)."""
-        return times_and_events(bags, split)
 
     def fit(self, targets: Targets) -> FittedHazards:
         """Take the edges of the intervals."""
@@ -65,12 +55,10 @@ class Hazards(Objective):
 
 
 @dataclass(frozen=True)
-class FittedHazards(FittedObjective):
-    """See `FittedObjective`."""
+class FittedHazards(FittedSurvival):
+    """See `FittedObjective`; the bins are the intervals."""
 
     loss_name: ClassVar[str] = "nll"
-    score_name: ClassVar[str] = "c_index"
-    edges: tuple[float, ...]
 
     @property
     def outputs(self) -> int:
@@ -95,21 +83,6 @@ class FittedHazards(FittedObjective):
         t = loss.bag_temperature
         scale = t**2 if loss.temperature_squared else 1.0
         return lambda teacher, student: scale * hazard_divergence(teacher / t, student / t)
-
-    def labels(self, targets: Targets) -> list[int | None]:
-        """The interval of the event; unknown for most that are censored."""
-        return known_bins(targets, self.edges)
-
-    def strata(self, targets: Targets) -> IntArray:
-        """Whether there was an event."""
-        return targets[:, 1].astype(np.int64)
-
-    def validation(self, head: Head, logits: Tensor, targets: Targets, select_by: SelectBy) -> Validation:
-        """Negative log likelihood; C-index of minus the sum of the survival curve."""
-        risk = self.readout.read(head, logits).value
-        assert risk is not None
-        loss = self.loss(logits.double().cpu(), self.tensor(targets))
-        return Validation(float(loss), concordance(risk, targets), self.score_name, undefined=NO_PAIRS)
 
 
 def hazards_loss(logits: Tensor, interval: Tensor, event: Tensor) -> Tensor:

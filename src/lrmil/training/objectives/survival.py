@@ -1,20 +1,60 @@
-"""What both survival objectives share: targets (S, 2) of time and event, and the concordance index."""
+"""What both survival objectives share: targets (S, 2) of time and event, bins of time, and the concordance index."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from lrmil.errors import ConfigError
-from lrmil.training.objectives.base import numbers
+from lrmil.geometry import IntArray
+from lrmil.mil.base import Head
+from lrmil.mil.recipe import SelectBy
+from lrmil.training.loop import Validation
+from lrmil.training.objectives.base import FittedObjective, Objective, Targets, numbers
 from lrmil.training.objectives.quantile_bins import bin_of
 from lrmil.training.slide_bags import SlideBag
 
 FloatArray = npt.NDArray[np.floating]
 NO_PAIRS = "no two validation slides can be put in order of their survival, so the C-index is undefined"
+
+
+class Survival(Objective, ABC):
+    """An objective that learns from `SlideBag.target` (time, event)."""
+
+    def targets(self, bags: Sequence[SlideBag], split: str) -> Targets:
+        """Return time and event (S, 2)."""
+        return times_and_events(bags, split)
+
+
+@dataclass(frozen=True)
+class FittedSurvival(FittedObjective, ABC):
+    """An objective of time and event that knows bins of the events' times in its training split."""
+
+    score_name: ClassVar[str] = "c_index"
+    edges: tuple[float, ...]
+    """inner edges of the bins, ascending"""
+
+    def labels(self, targets: Targets) -> list[int | None]:
+        """The bin of the event; unknown for most that are censored."""
+        return known_bins(targets, self.edges)
+
+    def strata(self, targets: Targets) -> IntArray:
+        """Whether there was an event."""
+        return targets[:, 1].astype(np.int64)
+
+    def validation(self, head: Head, logits: Tensor, targets: Targets, select_by: SelectBy) -> Validation:
+        """The loss of the whole split at once; C-index of the risk that the readout gives."""
+        risk = self.readout.read(head, logits).value
+        assert risk is not None
+        loss = self.loss(logits.double().cpu(), self.tensor(targets))
+        return Validation(float(loss), concordance(risk, targets), self.score_name, undefined=NO_PAIRS)
 
 
 def times_and_events(bags: Sequence[SlideBag], split: str) -> FloatArray:
