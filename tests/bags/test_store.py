@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lrmil.bags import bag_is_current, hdf5, read_bag, write_bag
+from lrmil.bags import bag_is_current, hdf5, map_rows, read_bag, write_bag
 from lrmil.errors import BagError, CorruptBag, OutputError, ProvenanceMismatch
 
 ARRAYS = ("features", "coords_l0", "region", "slot", "region_tissue")
@@ -91,6 +91,17 @@ def test_values_beyond_float16_are_refused_not_turned_into_infinity(tmp_path, ma
     with pytest.raises(CorruptBag, match=r"features row 4 holds 1e\+05; float16 ends at 65504"):
         write_bag(tmp_path / "a.h5", make_bag(features=values))
     assert sorted(p.name for p in tmp_path.iterdir()) == []
+
+
+def test_a_layer_beyond_float16_is_kept_in_float32_and_the_others_are_not(tmp_path, make_bag):
+    """Class tokens of some networks have channels of such sizes; clipped, they would teach something else."""
+    large = np.linspace(-2e5, 3, 72, dtype=np.float32).reshape(12, 6)
+    write_bag(tmp_path / "a.h5", make_bag(layer_cls={3: large, 4: np.ones((12, 6), np.float32)}))
+    again = read_bag(tmp_path / "a.h5").layer_cls
+    np.testing.assert_array_equal(again[3], large)
+    assert (again[3].dtype, again[4].dtype) == (np.float32, np.float16)
+    mapped = map_rows(tmp_path / "a.h5", ["layer_cls/3"])["layer_cls/3"]
+    np.testing.assert_array_equal(mapped[np.array([7, 0])], large[[7, 0]])
 
 
 def test_only_what_is_asked_for_is_read(written):

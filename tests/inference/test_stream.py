@@ -279,3 +279,26 @@ def test_encoding_passes_its_choices_on(write_slide, parts, monkeypatch):
     assert {layer: v.shape for layer, v in seen.cls.items()} == {2: (24, 128), 11: (24, 128)}
     assert {v.dtype for v in (seen.embedding, *seen.cls.values())} == {np.dtype(np.float16)}
     assert seen.encoding_s > 0
+
+
+def test_class_tokens_beyond_float16_stay_whole(write_slide, parts, monkeypatch):
+    """One batch holds the outlier; rounded to float16 it would be infinite, and the whole slide be refused."""
+    slide = open_slide(write_slide())
+    grid = match_grids(GRID, slide.mpp, slide.dimensions)
+    calls = []
+
+    def outlier(encoder, images, **options):
+        out = embed(encoder, images, **options)
+        calls.append(len(images))
+        if len(calls) == 2:
+            out.cls[2][0, 0] = -123456.0
+        return out
+
+    monkeypatch.setattr(stream, "embed", outlier)
+    seen = encode_patches(
+        slide, region_reads(grid), 32, parts[0], batch_size=10, threads=1, cls_layers=(2, 11), dtype=np.float16
+    )
+    assert seen.cls[2].dtype == np.float32
+    assert seen.cls[2][10, 0] == -123456.0
+    assert np.isfinite(seen.cls[2]).all()
+    assert seen.cls[11].dtype == seen.embedding.dtype == np.float16

@@ -135,6 +135,18 @@ class Bag:
         raise CorruptBag(f"{name}: {message}", fix="Encode the slide again.")
 
 
+def within_range(values: npt.NDArray[np.float32], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Return `values` as `dtype`, unless that is float16 and one of them lies beyond it (65504): then as they are.
+
+    Class tokens between blocks are not normed, and some networks let a few channels of them grow to such sizes.
+    """
+    with np.errstate(over="ignore"):
+        narrow = values.astype(dtype, copy=False)
+    if narrow.dtype != np.float16 or first_bad_row(narrow) is None:
+        return narrow
+    return values
+
+
 def first_bad_row(values: FeatureArray) -> int | None:
     """Return the first row of a float16 or float32 matrix that holds NaN or infinity, or None.
 

@@ -4,7 +4,7 @@ features          (N, D) float16, contiguous            attributes name, savetod
 coords            (N, 2) int64, level-0 top-left (x, y)  attributes of TRIDENT's coordinates
 region, slot      (N,) int64, if known
 region_tissue     (N,) float32, if known
-layer_cls/<l>     (N, W) float16, for every kept layer
+layer_cls/<l>     (N, W) float16, for every kept layer; float32 where a value of it is beyond 65504
 attribute `lrmil` JSON: format, slide, scale, provenance
 """
 
@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from lrmil.bags.bag import Bag, FeatureArray, first_bad_row
+from lrmil.bags.bag import Bag, FeatureArray, first_bad_row, within_range
 from lrmil.bags.hdf5 import create, find_dataset, get_json, open_for_reading, read_array, set_json, write_contiguous
 from lrmil.bags.provenance import SOFTWARE, check_provenance, differences, software_versions
 from lrmil.bags.trident_attributes import set_coordinate_attributes, set_feature_attributes
@@ -34,11 +34,13 @@ _OPTIONAL = ("region", "slot", "region_tissue")
 def write_bag(path: str | Path, bag: Bag) -> None:
     """Write `bag` as a feature file (top of this file), atomically. Features are stored as float16.
 
+    So are class tokens of layers, but for layers in which one is too large for it: these are kept in float32.
+
     `bag.provenance` is what `bag_is_current` compares; software versions are added if it holds none.
 
     Raises:
         BagError: the bag has no coordinates.
-        CorruptBag: a value is too large for float16 (the message gives the row).
+        CorruptBag: a feature is too large for float16 (the message gives the row).
         OutputError: the disk is full, or there is no permission; no file is left.
     """
     path = Path(path)
@@ -56,7 +58,7 @@ def write_bag(path: str | Path, bag: Bag) -> None:
                 write_contiguous(handle, name, values)
         for layer, values in sorted(bag.layer_cls.items()):
             name = f"layer_cls/{layer}"
-            write_contiguous(handle, name, _half(path, name, values))
+            write_contiguous(handle, name, within_range(values, np.float16))
         scale = {name: getattr(bag, name) for name in _SCALE}
         set_json(handle, ATTRIBUTE, {"format": FORMAT, "slide": slide, **scale, "provenance": provenance})
 

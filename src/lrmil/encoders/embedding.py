@@ -82,7 +82,7 @@ def embed(
         cls={layer: _gather(parts, (width,)) for layer, parts in cls.items()},
         tokens={layer: _gather(parts, (side, side, width)) for layer, parts in tokens.items()},
     )
-    if not np.isfinite(result.embedding).all():
+    if not all(np.isfinite(values).all() for values in (result.embedding, *result.cls.values())):
         raise EncoderError(
             f"{encoder.card.name}: features computed in {str(dtype).removeprefix('torch.')} are not finite.",
             fix="Use precision=float32." if dtype != torch.float32 else "Check the weight file.",

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from lrmil.bags.bag import within_range
 from lrmil.encoders import Encoder, embed
 from lrmil.encoders.settings import Precision
 from lrmil.errors import NoTissue, TooManyUnreadable, UnreadableRegion
@@ -163,7 +164,7 @@ def encode_patches(
         threads: reader threads.
         precision: see `embed`.
         cls_layers: blocks whose class tokens are wanted as well.
-        dtype: of the result.
+        dtype: of the result; what float16 cannot hold stays float32.
         max_unreadable: share of the patches that may be undecodable.
         forward_batch: images in one forward pass of the encoder; None: what suits the device.
         on_progress: called with the number of patches done so far.
@@ -183,9 +184,9 @@ def encode_patches(
         out = embed(encoder, batch.images, cls_layers=cls_layers, precision=precision, batch_size=forward_batch)
         encoding_s += time.perf_counter() - began
         rows.append(batch.rows)
-        embeddings.append(out.embedding.astype(dtype, copy=False))
+        embeddings.append(within_range(out.embedding, dtype))
         for layer in cls_layers:
-            cls[layer].append(out.cls[layer].astype(dtype, copy=False))
+            cls[layer].append(within_range(out.cls[layer], dtype))
         if on_progress:
             on_progress(sum(map(len, rows)))
     log.raise_if_too_many(slide.name, max_unreadable)
