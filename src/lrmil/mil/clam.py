@@ -9,14 +9,9 @@
 Pooled is the embedding h, not the instance x. Where dropout is not 0, a dropout of 0.25, whatever its value, follows
 the tanh and the sigmoid.
 
-Instance loss, for a bag of class Y, with B = min(k_sample, N) and one two-way classifier of h for each class:
-
-    class Y          top B by A_Y have target 1, bottom B target 0
-    other classes c  only if subtyping: top B by A_c have target 0
-    L_inst = sum over these classes of the mean loss of their rows; divided by C if subtyping
-
-One branch, as SB has it, ranks instances for all classes. Total = 0.7 CE(y, Y) + 0.3 L_inst. The original asks
-for k_sample instances and fails on smaller bags; here top and bottom may share instances, down to a bag of one.
+L_inst, the instance loss, is in `instance_loss`; its classifiers look at h. One branch, as SB has it, ranks instances
+for all classes. Total = 0.7 CE(y, Y) + 0.3 L_inst. The original asks for k_sample instances and fails on smaller bags;
+here top and bottom may share instances, down to a bag of one.
 
 Lu, Williamson, Chen, Chen, Barbieri, Mahmood: Data-efficient and weakly supervised computational pathology on
 whole-slide images, Nature Biomedical Engineering 5, 2021.
@@ -33,6 +28,7 @@ from torch import Tensor, nn
 
 from lrmil.errors import HeadError
 from lrmil.mil.base import HeadOutput, MILHead
+from lrmil.mil.instance_loss import judge_instances
 from lrmil.mil.label import class_index
 from lrmil.mil.recipe import Recipe
 from lrmil.mil.registry import HeadCard, register_head
@@ -127,45 +123,26 @@ class _CLAM(MILHead):
         )
 
     def judge_instances(self, embedded: Tensor, branches: Tensor, label: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the instance loss.
-
-        Args:
-            embedded: (N, H).
-            branches: (N, n) attention logits, which rank instances as their softmax does, but do not underflow.
-            label: class of the bag.
-
-        Returns:
-            The loss before its weight; targets (R,) and predictions (R,) of the rows, class by class, each from the
-            most attended instance on and then from the least attended.
-        """
-        k = min(self.options.k_sample, len(embedded))
-        total, targets, predictions = embedded.new_zeros(()), [], []
-        for c, classifier in enumerate(self.instance_classifiers):
-            if c != label and not self.options.subtyping:
-                continue
-            ranking = branches[:, c if branches.shape[1] > 1 else 0].detach()
-            rows = ranking.topk(k).indices
-            wanted = torch.full((k,), int(c == label), device=rows.device)
-            if c == label:
-                rows = torch.cat([rows, ranking.topk(k, largest=False).indices])
-                wanted = torch.cat([wanted, torch.zeros_like(wanted)])
-            verdicts = classifier(embedded[rows])
-            own = smooth_top1_svm if self.options.instance_loss == "svm" else F.cross_entropy
-            total = total + own(verdicts, wanted)
-            targets.append(wanted)
-            predictions.append(verdicts.argmax(dim=1))
-        if self.options.subtyping:
-            total = total / len(self.instance_classifiers)
-        return total, torch.cat(targets), torch.cat(predictions)
+        """Return the instance loss before its weight, targets and predictions: see `instance_loss.judge_instances`."""
+        return judge_instances(
+            embedded,
+            branches,
+            label,
+            self.instance_classifiers,
+            smooth_top1_svm if self.options.instance_loss == "svm" else F.cross_entropy,
+            k_sample=self.options.k_sample,
+            subtyping=self.options.subtyping,
+        )
 
 
-def _card(name: str, title: str) -> HeadCard:
+def clam_card(name: str, title: str, *, gives_attention: bool = True) -> HeadCard:
+    """Return the card of a head of CLAM's program, with the recipe that all of them have there."""
     return HeadCard(
         name=name,
         title=title,
         citation="Lu et al., Data-efficient and weakly supervised computational pathology, Nat Biomed Eng 2021",
         licence_note="original: GPL-3.0, non-commercial academic use",
-        gives_attention=True,
+        gives_attention=gives_attention,
         recipe=Recipe(
             learning_rate=1e-4,
             weight_decay=1e-5,
@@ -177,7 +154,7 @@ def _card(name: str, title: str) -> HeadCard:
     )
 
 
-@register_head(_card("clam_sb", "CLAM with a single attention branch"))
+@register_head(clam_card("clam_sb", "CLAM with a single attention branch"))
 class CLAMSingleBranch(_CLAM):
     """See the top of this file. `bag_feature` of its output is M (512,)."""
 
@@ -192,7 +169,7 @@ class CLAMSingleBranch(_CLAM):
         return self.classifiers(pooled[0])
 
 
-@register_head(_card("clam_mb", "CLAM with an attention branch a class"))
+@register_head(clam_card("clam_mb", "CLAM with an attention branch a class"))
 class CLAMMultiBranch(_CLAM):
     """See the top of this file. `bag_feature` of its output is M (C, 512).
 

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from lrmil.errors import HeadError
 from lrmil.mil.base import HeadOutput, MILHead
 from lrmil.mil.chebyshev import ChebyshevInit, ChebyshevLayer
+from lrmil.mil.instance_loss import judge_instances
 from lrmil.mil.label import class_index
 from lrmil.mil.recipe import Recipe
 from lrmil.mil.registry import HeadCard, register_head
@@ -207,21 +208,14 @@ class DMIN(MILHead):
         }
 
     def instance_loss(self, embedded: Tensor, scores: Tensor, label: int) -> Tensor:
-        """Return CLAM's instance loss of h (N, H) and s (N, C), before its weight.
-
-        Of the true class, the instances with most and with least attention are to be told apart; with subtyping, those
-        with most attention of any other class are to be negative for it.
-        """
-        k = min(self.options.k_sample, len(embedded))
-        total = embedded.new_zeros(())
-        for c, classifier in enumerate(self.instance_classifiers):
-            if c != label and not self.options.subtyping:
-                continue
-            ranking = scores[:, c].detach()
-            rows = ranking.topk(k).indices
-            targets = torch.full((k,), int(c == label), device=rows.device)
-            if c == label:
-                rows = torch.cat([rows, ranking.topk(k, largest=False).indices])
-                targets = torch.cat([targets, torch.zeros_like(targets)])
-            total = total + smooth_top1_svm(classifier(embedded[rows]), targets)
-        return total / self.num_classes if self.options.subtyping else total
+        """Return CLAM's instance loss of h (N, H) and s (N, C), before its weight."""
+        loss, _, _ = judge_instances(
+            embedded,
+            scores,
+            label,
+            self.instance_classifiers,
+            smooth_top1_svm,
+            k_sample=self.options.k_sample,
+            subtyping=self.options.subtyping,
+        )
+        return loss

@@ -18,8 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lrmil.mil.base import HeadOutput, MILHead
-from lrmil.mil.recipe import Recipe
-from lrmil.mil.registry import HeadCard, register_head
+from lrmil.mil.clam import clam_card
+from lrmil.mil.registry import register_head
 from lrmil.settings import Settings
 
 
@@ -30,23 +30,7 @@ class InstanceMaxOptions(Settings):
     dropout: float = Field(0.25, ge=0, lt=1, description="dropout of the embedding")
 
 
-@register_head(
-    HeadCard(
-        name="instance_max",
-        title="The most suspicious instance decides (CLAM's mil)",
-        citation="Lu et al., Data-efficient and weakly supervised computational pathology, Nat Biomed Eng 2021",
-        licence_note="original: GPL-3.0, non-commercial academic use",
-        gives_attention=False,
-        recipe=Recipe(
-            learning_rate=1e-4,
-            weight_decay=1e-5,
-            select_by="loss",
-            patience=20,
-            earliest_stop=50,
-            source="CLAM's defaults with early stopping; its README's examples use 2e-4 and a balanced sampler",
-        ),
-    )
-)
+@register_head(clam_card("instance_max", "The most suspicious instance decides (CLAM's mil)", gives_attention=False))
 class InstanceMax(MILHead):
     """See the top of this file. `bag_feature` of its output is g_m (embed_dim)."""
 
