@@ -24,7 +24,6 @@ from lrmil.evaluation.overlay import AttentionMap
 from lrmil.evaluation.plots import save_figure
 from lrmil.files import read_json
 from lrmil.geometry import MatchedGrid
-from lrmil.inference.scales import SlideScales
 from lrmil.inference.selective import SelectiveAnswer, answer_slide
 from lrmil.mil import MILHead
 from lrmil.pipeline.checks import require_usable_slides
@@ -45,6 +44,7 @@ from lrmil.pipeline.keys import (
     student_key,
     tile_key,
 )
+from lrmil.pipeline.live_scales import live_scales
 from lrmil.pipeline.methods import Method, baseline_settings, methods_named
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.selective import stored_selective_head
@@ -223,21 +223,11 @@ class _Models:
 
     def _chosen(self, entry: SlideEntry, split: Split, method: Method) -> AttentionMap:
         """Let a head choose from the slide file; show its patches of the finest scale by their attention."""
-        run, s = self.run, self.run.settings
+        run = self.run
         step = self._compared_head(entry, split, method)
         head = stored_selective_head(run, split, method.name)
         with entry.open() as slide:
-            source = SlideScales(
-                slide,
-                self._grid(entry),
-                self.encoder,
-                head.scales,
-                batch_size=s.encoder.stream_batch,
-                forward_batch=s.encoder.batch_size,
-                threads=s.threads,
-                precision=s.encoder.precision,
-                max_unreadable=s.tiles.max_unreadable,
-            )
+            source = live_scales(run, slide, self._grid(entry), self.encoder, head.scales)
             found = answer_slide(head, source)
         finest = head.scales[-1]
         reading = stored_readout(step).read(head, torch.from_numpy(found.logits))

@@ -12,7 +12,7 @@ import numpy as np
 from lrmil.encoders import Encoder
 from lrmil.files import write_json
 from lrmil.inference.prepare import prepare_slide
-from lrmil.inference.scales import THUMBNAIL, SlideScales
+from lrmil.inference.scales import THUMBNAIL
 from lrmil.inference.selective import answer_slide
 from lrmil.mil import MultiScaleHead, PatchSource
 from lrmil.pipeline.context import Run, SlideEntry, Split
@@ -26,6 +26,7 @@ from lrmil.pipeline.heads import (
     stored_readout,
 )
 from lrmil.pipeline.keys import features_of, head_key, outputs_key
+from lrmil.pipeline.live_scales import live_scales
 from lrmil.pipeline.reporting import without_python_warnings
 from lrmil.pipeline.timing import SlideCost, kept_costs, timing_key
 from lrmil.settings import fingerprint
@@ -144,18 +145,7 @@ def answer_entry(run: Run, entry: SlideEntry, encoder: Encoder, head: MultiScale
     began, bytes_before = time.perf_counter(), io_counter()
     with entry.open() as slide:
         prepared = prepare_slide(slide, s.grid, s.tissue, s.tiles)
-        source = SlideScales(
-            slide,
-            prepared.grid,
-            encoder,
-            head.scales,
-            batch_size=s.encoder.stream_batch,
-            forward_batch=s.encoder.batch_size,
-            threads=s.threads,
-            precision=s.encoder.precision,
-            max_unreadable=s.tiles.max_unreadable,
-        )
-        answer = answer_slide(head, source)
+        answer = answer_slide(head, live_scales(run, slide, prepared.grid, encoder, head.scales))
     ended, bytes_after = time.perf_counter(), io_counter()
     known = prepared.seconds + answer.encoding_s + answer.mil_s
     scales = {name: cost for name, cost in answer.costs.items() if name != THUMBNAIL}

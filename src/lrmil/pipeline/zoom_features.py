@@ -27,6 +27,7 @@ from lrmil.mil import PatchSource, StoredScales
 from lrmil.pipeline.context import Run, SlideEntry
 from lrmil.pipeline.encode import features_name
 from lrmil.pipeline.keys import bag_provenance, features_of
+from lrmil.pipeline.live_scales import live_scales
 
 _SLOTS = 1 << 20
 """More than the patches of a region"""
@@ -142,17 +143,7 @@ def _encode_slide(
 ) -> dict[str, Bag]:
     s = run.settings
     with entry.open() as slide:
-        source = SlideScales(
-            slide,
-            grid,
-            encoder,
-            ZOOM_SCALES,
-            batch_size=s.encoder.stream_batch,
-            forward_batch=s.encoder.batch_size,
-            threads=s.threads,
-            precision=s.encoder.precision,
-            max_unreadable=s.tiles.max_unreadable,
-        )
+        source = live_scales(run, slide, grid, encoder, ZOOM_SCALES)
         for scale, asked_mpp, mpp in (
             ("low", s.grid.lr_mpp, grid.scale.lr_mpp),
             ("high", s.grid.hr_mpp, grid.scale.hr_mpp),
