@@ -44,54 +44,45 @@ Out = Annotated[Path, typer.Option(help="Table to write.")]
 labels = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help=HELP)
 
 
+HISTOLOGY_HELP = {
+    "tcga-brca": """IDC against ILC, by the diagnosis in the clinical table; mixed and other histologies are left out.
+
+    Project TCGA-BRCA of the GDC portal. Further columns: survival (alive, dead), time (days), event, site.
+    """,
+    "tcga-nsclc": """LUAD against LUSC, by the project; by the diagnosis only where a table does not state the project.
+
+    Projects TCGA-LUAD and TCGA-LUSC of the GDC portal. Further columns: survival, time (days), event, site.
+    """,
+    "tcga-rcc": """KIRP, KIRC and KICH, by the project; by the diagnosis only where a table does not state the project.
+
+    Projects TCGA-KIRP, TCGA-KIRC and TCGA-KICH of the GDC portal. Further columns: survival, time (days), event, site.
+    """,
+}
+
+
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
     app.add_typer(labels, name="labels")
 
 
-@labels.command("tcga-brca")
-def tcga_brca(
-    clinical: Clinical,
-    slides_dir: SlidesDir = None,
-    slide_sheet: SlideSheet = None,
-    follow_up: FollowUp = None,
-    out: Out = Path("cohort.csv"),
-) -> None:
-    """IDC against ILC, by the diagnosis in the clinical table; mixed and other histologies are left out.
+def _add_histology(cohort: str, text: str) -> None:
+    def histology(
+        clinical: Clinical,
+        slides_dir: SlidesDir = None,
+        slide_sheet: SlideSheet = None,
+        follow_up: FollowUp = None,
+        out: Out = Path("cohort.csv"),
+    ) -> None:
+        from lrmil.cohorts.builders.build import Sources, build_histology
 
-    Project TCGA-BRCA of the GDC portal. Further columns: survival (alive, dead), time (days), event, site.
-    """
-    _histology("tcga-brca", clinical, slides_dir, slide_sheet, follow_up, out)
+        _write(build_histology(cohort, Sources(clinical, follow_up or (), slides_dir, slide_sheet)), out)
 
-
-@labels.command("tcga-nsclc")
-def tcga_nsclc(
-    clinical: Clinical,
-    slides_dir: SlidesDir = None,
-    slide_sheet: SlideSheet = None,
-    follow_up: FollowUp = None,
-    out: Out = Path("cohort.csv"),
-) -> None:
-    """LUAD against LUSC, by the project; by the diagnosis only where a table does not state the project.
-
-    Projects TCGA-LUAD and TCGA-LUSC of the GDC portal. Further columns: survival, time (days), event, site.
-    """
-    _histology("tcga-nsclc", clinical, slides_dir, slide_sheet, follow_up, out)
+    histology.__doc__ = text
+    labels.command(cohort)(histology)
 
 
-@labels.command("tcga-rcc")
-def tcga_rcc(
-    clinical: Clinical,
-    slides_dir: SlidesDir = None,
-    slide_sheet: SlideSheet = None,
-    follow_up: FollowUp = None,
-    out: Out = Path("cohort.csv"),
-) -> None:
-    """KIRP, KIRC and KICH, by the project; by the diagnosis only where a table does not state the project.
-
-    Projects TCGA-KIRP, TCGA-KIRC and TCGA-KICH of the GDC portal. Further columns: survival, time (days), event, site.
-    """
-    _histology("tcga-rcc", clinical, slides_dir, slide_sheet, follow_up, out)
+for _cohort, _text in HISTOLOGY_HELP.items():
+    _add_histology(_cohort, _text)
 
 
 @labels.command("brca-molecular")
@@ -158,19 +149,6 @@ def bracs(
     from lrmil.cohorts.builders.bracs import build_bracs
 
     _write(build_bracs(spreadsheet, slides_dir, official_split=split == "official"), out)
-
-
-def _histology(
-    cohort: str,
-    clinical: list[Path],
-    slides_dir: Path | None,
-    slide_sheet: Path | None,
-    follow_up: list[Path] | None,
-    out: Path,
-) -> None:
-    from lrmil.cohorts.builders.build import Sources, build_histology
-
-    _write(build_histology(cohort, Sources(clinical, follow_up or (), slides_dir, slide_sheet)), out)
 
 
 def _write(built: BuiltCohort, out: Path) -> None:
