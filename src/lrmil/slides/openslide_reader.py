@@ -27,17 +27,7 @@ READER = "openslide"
 
 
 class OpenSlideSlide(Slide):
-    """A slide read through OpenSlide.
-
-    Args:
-        path: file that OpenSlide understands; of a DICOM slide, any one of its files.
-        mpp: what the user says about the level-0 um/px; overrides the file.
-        open_handle: makes an OpenSlide handle from a path.
-
-    Raises:
-        NotASlide: OpenSlide does not understand the file.
-        MissingMpp, ImplausibleMpp: see `believed_mpp`.
-    """
+    """A slide read through OpenSlide. Arguments and errors are those of `read_facts`."""
 
     def __init__(
         self, path: Path, mpp: float | None = None, *, open_handle: Callable[[str], Any] = openslide.OpenSlide
