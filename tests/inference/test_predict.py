@@ -28,7 +28,7 @@ from lrmil.mil import HeadOutput, MILHead, create_head
 from lrmil.mil import registry as heads
 from lrmil.slides import RecordingSlide, open_slide, write_pyramid
 from lrmil.slides.openslide_reader import OpenSlideSlide
-from lrmil.slides.tiff.reader import TiffSlide
+from lrmil.slides.tiff.tiles import TileStore
 
 
 @pytest.fixture(scope="module")
@@ -105,18 +105,18 @@ def test_nothing_finer_than_low_resolution_is_asked_for(
 ):
     """Also not for the picture; and what is asked of the file itself agrees with what was recorded."""
     opened = set()
-    read_level, read_tile = OpenSlideSlide._read_level, TiffSlide.read_tile
+    read_level, fetch = OpenSlideSlide._read_level, TileStore.fetch
 
     def spy(self, level, *place):
         opened.add(level.index)
         return read_level(self, level, *place)
 
-    def spy_on_tiles(self, ref):
-        opened.add(ref.level)
-        return read_tile(self, ref)
+    def spy_on_tiles(self, rect):
+        opened.add(rect.level)
+        return fetch(self, rect)
 
     monkeypatch.setattr(OpenSlideSlide, "_read_level", spy)
-    monkeypatch.setattr(TiffSlide, "read_tile", spy_on_tiles)
+    monkeypatch.setattr(TileStore, "fetch", spy_on_tiles)
     slide = RecordingSlide(open_slide(write_slide(mpp, downsamples, 2 if mpp == 0.5 else 1)))
     answer = bundle.predict(slide, picture=True)
 

@@ -193,7 +193,7 @@ def test_any_request(pyramids, origin, count, step, aligned):
     x, y = origin[0] * unit, origin[1] * unit
     box = (x, y, x + count[0] * step, y + count[1] * step)
     for direct, other in pyramids:
-        direct._cache.clear()
+        direct._tiles.clear()
         before = direct.stats.tiles_decoded
         ours, theirs = direct.read_box(box, count), other.read_box(box, count)
         assert direct.stats.tiles_decoded - before == len(direct.tiles_of(box, count))
@@ -218,7 +218,7 @@ def test_what_is_held_is_bounded(tmp_path, write_tiff, flavours, tissue):
     slide = tiff_reader.TiffSlide(path, cache_bytes=3 * tile_bytes + 10)
     want = open_slide(path, reader="openslide").read_box((0, 0, 900, 700), (900, 700))
     assert (slide.read_box((0, 0, 900, 700), (900, 700)) == want).all()
-    assert slide._cache.bytes == 3 * tile_bytes
+    assert slide._tiles.bytes == 3 * tile_bytes
     decoded = slide.stats.tiles_decoded
     slide.read_box((890, 690, 900, 700), (10, 10))
     assert slide.stats.tiles_decoded == decoded, "the last one is held"
@@ -226,5 +226,5 @@ def test_what_is_held_is_bounded(tmp_path, write_tiff, flavours, tissue):
     assert slide.stats.tiles_decoded == decoded + 1, "the first one is not"
     slide = tiff_reader.TiffSlide(path, cache_bytes=0)
     assert (slide.read_box((0, 0, 900, 700), (900, 700)) == want).all()
-    assert slide._cache.bytes == 0
+    assert slide._tiles.bytes == 0
     slide.close()

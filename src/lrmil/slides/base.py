@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -86,7 +86,7 @@ class Slide(ABC):
     def close(self) -> None:
         """Release the file. Reading afterwards is an error; closing twice is not."""
 
-    def read_box(self, box_l0: Box, size_px: tuple[int, int]) -> UInt8Array:
+    def read_box(self, box_l0: Box, size_px: tuple[int, int], out: UInt8Array | None = None) -> UInt8Array:
         """Return the area average of a level-0 box as an image, uint8 (h, w, 3).
 
         Reads from the coarsest level that is at least as fine as wanted. What lies outside the slide, or was never
@@ -95,6 +95,7 @@ class Slide(ABC):
         Args:
             box_l0: (x0, y0, x1, y1) in level-0 pixels.
             size_px: width and height of the result.
+            out: array of that shape to put the pixels into, and to return; a new one is made where there is none.
 
         Raises:
             UnreadableRegion: some of its pixels cannot be decoded. Other boxes can still be read.
@@ -105,10 +106,13 @@ class Slide(ABC):
         step_l0 = (x1 - x0) / size_px[0], (y1 - y0) / size_px[1]
         level = self.level_for(self.mpp * min(step_l0))
         sides = block_sides((step_l0[0] / level.downsample, step_l0[1] / level.downsample))
-        image = np.empty((size_px[1], size_px[0], 3), np.uint8)
+        image = np.empty((size_px[1], size_px[0], 3), np.uint8) if out is None else out
         for block in Block(0, 0, *size_px).cut(*sides):
             try:
-                image[block.place] = self.sample(level, block.box_l0((x0, y0), step_l0), block.size_px).rgb
+                place = image[block.place]
+                rgb = self.sample(level, block.box_l0((x0, y0), step_l0), block.size_px, place).rgb
+                if rgb is not place:
+                    place[...] = rgb
             except DecodeError as error:
                 self.stats.add_unreadable()
                 raise UnreadableRegion(
@@ -167,19 +171,29 @@ class Slide(ABC):
             ],
         }
 
-    def sample(self, level: Level, box_l0: Box, size_px: tuple[int, int]) -> Sample:
+    def announce(self, requests: Iterable[tuple[Box, tuple[int, int]]]) -> None:
+        """Say which boxes at which sizes will be read, once each: a reader may keep what several of them share."""
+        return
+
+    def withdraw(self) -> None:
+        """Take back what was announced and has not been read."""
+        return
+
+    def sample(self, level: Level, box_l0: Box, size_px: tuple[int, int], out: UInt8Array | None = None) -> Sample:
         """Average one block of a request from the pixels of `level`, and count it. Every read of pixels passes here.
+
+        Where there is `out`, of the right shape, the sample's `rgb` may be that array, or another one.
 
         Raises:
             DecodeError: some of its pixels cannot be decoded.
         """
         x0, y0, x1, y1 = box_l0
         self.stats.add_asked(self.mpp * min((x1 - x0) / size_px[0], (y1 - y0) / size_px[1]))
-        sample = self._sample(level, box_l0, size_px)
+        sample = self._sample(level, box_l0, size_px, out)
         self.stats.add_read(level, size_px[0] * size_px[1], sample.source_px)
         return sample
 
-    def _sample(self, level: Level, box_l0: Box, size_px: tuple[int, int]) -> Sample:
+    def _sample(self, level: Level, box_l0: Box, size_px: tuple[int, int], out: UInt8Array | None = None) -> Sample:
         """Average a level-0 box that is at most a block large, from the pixels of `level`. Readers may do it faster."""
         x0, y0, x1, y1 = (snap(edge / level.downsample) for edge in box_l0)
         left, top, right, bottom = math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1)

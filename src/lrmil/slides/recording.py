@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lrmil.slides.base import Slide
@@ -42,12 +43,20 @@ class RecordingSlide(Slide):
         self.requests: list[ReadRequest] = []
         self._slide = slide
 
-    def sample(self, level: Level, box_l0: Box, size_px: tuple[int, int]) -> Sample:
+    def announce(self, requests: Iterable[tuple[Box, tuple[int, int]]]) -> None:
+        """Pass it on."""
+        self._slide.announce(requests)
+
+    def withdraw(self) -> None:
+        """Pass it on."""
+        self._slide.withdraw()
+
+    def sample(self, level: Level, box_l0: Box, size_px: tuple[int, int], out: UInt8Array | None = None) -> Sample:
         """Note the request and pass it on."""
         x0, y0, x1, y1 = box_l0
         mpp = self.mpp * min((x1 - x0) / size_px[0], (y1 - y0) / size_px[1])
         self.requests.append(ReadRequest(box_l0, size_px, mpp, level.index))
-        return self._slide.sample(level, box_l0, size_px)
+        return self._slide.sample(level, box_l0, size_px, out)
 
     @property
     def finest_mpp(self) -> float:

@@ -45,10 +45,10 @@ class ReadStats:
             self.source_px += source_px
             self.level_reads[level.index] = self.level_reads.get(level.index, 0) + 1
 
-    def add_tile(self, length_bytes: int) -> None:
-        """Count one compressed tile that was read and decoded."""
+    def add_tiles(self, count: int, length_bytes: int) -> None:
+        """Count compressed tiles that were read and decoded, and their bytes."""
         with self._lock:
-            self.tiles_decoded += 1
+            self.tiles_decoded += count
             self.bytes_read += length_bytes
 
     def add_unreadable(self) -> None:

@@ -69,6 +69,8 @@ class JpegTiles:
             raise NotUnderstood(f"its shared JPEG tables are damaged: {error}") from error
         self._start = b"\xff\xd8" + adobe + shared
         self._reductions: dict[int, int] = {}
+        self._last: tuple[bytes, bytes, _Frame] | None = None
+        """header of the stream seen last, what it was made into, and its frame: tiles of a file are mostly alike"""
 
     def check(self, data: bytes) -> None:
         """Look at the header of one tile, before the first is decoded; from then on `reduction` knows the sampling.
@@ -106,6 +108,9 @@ class JpegTiles:
 
     def _stream(self, data: bytes) -> tuple[bytes, _Frame]:
         """Return a whole JPEG stream, and its frame header."""
+        last = self._last
+        if last is not None and data.startswith(last[0]):
+            return last[1] + data[len(last[0]) - 2 :], last[2]
         kept: list[bytes] = [self._start]
         frame: _Frame | None = None
         position = 2
@@ -123,7 +128,9 @@ class JpegTiles:
             raise DecodeError("JPEG: there is no image in the stream")
         if frame is None or (frame.width_px, frame.height_px) != self._tile_px or len(frame.sampling) != 3:
             raise DecodeError(f"JPEG: {frame} where a tile of {self._tile_px} px in three colours was expected")
-        return b"".join([*kept, data[position:]]), frame
+        start = b"".join(kept)
+        self._last = data[: position + 2], start, frame  # the marker of the scan belongs to what is compared
+        return start + data[position:], frame
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -60,6 +60,19 @@ class TileDecoder(Protocol):
 
 
 @dataclass(frozen=True)
+class TileRect:
+    """Neighbouring tiles of a level, wanted at 1/`reduction`; columns and rows are half open."""
+
+    level: int
+    first_column: int
+    first_row: int
+    last_column: int
+    """beyond the last one"""
+    last_row: int
+    reduction: int
+
+
+@dataclass(frozen=True)
 class TiledImage:
     """A tiled image of a file."""
 
@@ -81,6 +94,12 @@ class TiledImage:
     def sparse(self) -> bool:
         """Whether some tiles hold nothing."""
         return bool((self.lengths == 0).any())
+
+    def rect(self, level: int, left: int, top: int, right: int, bottom: int, reduction: int) -> TileRect:
+        """Return the tiles under a rectangle of pixels; the image is `level`, and they are wanted at 1/`reduction`."""
+        width, height = self.tile_px
+        last_column, last_row = (right - 1) // width + 1, (bottom - 1) // height + 1
+        return TileRect(level, left // width, top // height, last_column, last_row, reduction)
 
 
 def is_tiled(directory: Directory) -> bool:
