@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from lrmil.errors import ConfigError
-from lrmil.evaluation import Cost, Values, compare_report, log_rank, training_mean
+from lrmil.evaluation import Cost, Values, compare_report, constant_answer, log_rank
 from lrmil.evaluation.plots import to_image
 from lrmil.evaluation.regression_plots import predicted_against_true
 from lrmil.evaluation.survival import kaplan_meier, risk_groups
@@ -86,7 +87,8 @@ def _seed_means(values: Values) -> list[float]:
 
 def test_comparison_of_numbers(simulate_values: SimulateValues, tmp_path: Path) -> None:
     methods = {m: simulate_values(np.random.default_rng(i), noise=n) for i, (m, n) in enumerate(_noise().items())}
-    methods["Training mean"] = training_mean([50.0], methods["LRMIL"])
+    mean = np.full(len(methods["LRMIL"]), constant_answer("regression", [50.0]))
+    methods["Training mean"] = replace(methods["LRMIL"], predicted=mean)
     comparison = compare_report(
         methods,
         reference="LRMIL",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from lrmil.evaluation import (
     bootstrap,
     compare_methods,
     concatenate,
+    constant_answer,
     fold_scores,
     paired_bootstrap,
     permutation_test,
     read_predictions,
     result_row,
-    training_mean,
 )
 from lrmil.evaluation.intervals import fold_average, resample_patients
 from lrmil.evaluation.metrics import metric, metrics_of, undefined_reason
@@ -175,19 +176,19 @@ def test_permutation_of_correlations_is_blind_to_scale(simulate_values: Simulate
 
 
 def test_constant_prediction_has_no_correlation_and_no_order(simulate_values: SimulateValues) -> None:
-    number = training_mean([40.0, 60.0], simulate_values(np.random.default_rng(0)))
+    number = simulate_values(np.random.default_rng(0))
+    number = replace(number, predicted=np.full(len(number), constant_answer("regression", [40.0, 60.0])))
     assert set(number.predicted) == {50.0}
     for name in ("pearson", "spearman"):
         assert np.isnan(bootstrap(number, name, seed=0, resamples=20).value)
         assert "the prediction is the same for all" in str(undefined_reason(name, number))
     assert np.isfinite(bootstrap(number, "mae", seed=0, resamples=20).low)
     survival = simulate_values(np.random.default_rng(0), "survival")
-    flat = Values.of(slide_ids=survival.slide_ids.tolist(), targets=survival.targets, predicted=np.zeros(60))
+    risk = np.full(60, constant_answer("survival", [1.0]))
+    flat = Values.of(slide_ids=survival.slide_ids.tolist(), targets=survival.targets, predicted=risk)
     assert "one risk for all" in str(undefined_reason("c_index", flat))
     scores = fold_scores(flat)
     assert scores["value"].isna().all()
-    with pytest.raises(ConfigError, match="no mean risk"):
-        training_mean([1.0], survival)
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,15 @@ Figures (`plots`, `slide_figures`, `overlay`) and `report` are imported from the
 """
 
 from lrmil.evaluation.comparison import Comparison, compare_report, write_joint_tables
+from lrmil.evaluation.constant import constant_answer
 from lrmil.evaluation.intervals import Interval, bootstrap, paired_bootstrap
-from lrmil.evaluation.metrics import METRICS, fold_scores, majority_class, score
+from lrmil.evaluation.metrics import METRICS, fold_scores, score
 from lrmil.evaluation.paired import compare_methods, delong, delong_test, holm, permutation_test
 from lrmil.evaluation.predictions import Predictions
 from lrmil.evaluation.scored import Scored, concatenate
 from lrmil.evaluation.survival import kaplan_meier, log_rank, risk_groups
 from lrmil.evaluation.tables import Cost, TextTable, read_results, result_row, results_frame, text_table, write_results
-from lrmil.evaluation.values import Values, read_predictions, training_mean
+from lrmil.evaluation.values import Values, read_predictions
 
 __all__ = [
     "METRICS",
@@ -26,13 +27,13 @@ __all__ = [
     "compare_methods",
     "compare_report",
     "concatenate",
+    "constant_answer",
     "delong",
     "delong_test",
     "fold_scores",
     "holm",
     "kaplan_meier",
     "log_rank",
-    "majority_class",
     "paired_bootstrap",
     "permutation_test",
     "read_predictions",
@@ -42,7 +43,6 @@ __all__ = [
     "risk_groups",
     "score",
     "text_table",
-    "training_mean",
     "write_joint_tables",
     "write_results",
 ]

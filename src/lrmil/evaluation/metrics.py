@@ -334,25 +334,6 @@ def reliability_bins(predictions: Predictions, bins: int = 5) -> pd.DataFrame:
     )
 
 
-def majority_class(train_labels: npt.ArrayLike, test: Predictions) -> Predictions:
-    """Predict, for every test slide, the class shares of the training slides: what a model that saw nothing would say.
-
-    Its accuracy is that of always naming the commonest training class; its AUC is 0.5 because all scores are equal.
-    Use it fold by fold, with that fold's training labels.
-    """
-    counts = np.bincount(np.asarray(train_labels, dtype=np.int64), minlength=test.num_classes)
-    shares = np.tile(counts / counts.sum(), (len(test), 1))
-    return Predictions.of(
-        slide_ids=test.slide_ids.tolist(),
-        patient_ids=test.patient_ids.tolist(),
-        labels=test.labels,
-        probabilities=shares,
-        class_names=test.class_names,
-        folds=test.folds,
-        seeds=test.seeds,
-    )
-
-
 def _once(part: Scored) -> FloatArray:
     return np.ones((1, len(part)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -172,16 +172,3 @@ def read_predictions(path: str | os.PathLike[str]) -> Predictions | Values:
     raise ConfigError(
         f"{path}: no predictions (its columns are {', '.join(columns)}).", fix="Give a file that write_csv wrote."
     )
-
-
-def training_mean(train_targets: npt.ArrayLike, test: Values) -> Values:
-    """Predict, for every test slide, the mean of the training slides: what a model that saw nothing would say.
-
-    Use it fold by fold, with that fold's training targets. Correlations of it are undefined.
-
-    Raises:
-        ConfigError: this is survival, where no risk can be named without seeing the slide.
-    """
-    if test.kind != "regression":
-        raise ConfigError("there is no mean risk to predict.", fix="Leave this line out for survival.")
-    return replace(test, predicted=np.full(len(test), float(np.mean(np.asarray(train_targets, dtype=np.float64)))))

@@ -22,16 +22,6 @@ def constant_title(kind: TaskKind) -> str:
     return {"classification": MAJORITY, "regression": TRAINING_MEAN, "survival": CONSTANT_RISK}[kind]
 
 
-def constant_answer(run: Run, split: Split) -> npt.NDArray[np.float64]:
-    """Return the same answer for all: shares of the classes (C,) or mean number () of the training split, or risk 0."""
-    if run.kind == "survival":
-        return np.zeros(())
-    if run.kind == "regression":
-        return np.asarray(np.mean([run.cohort.target_of(s) for s in split.train]), dtype=np.float64)
-    counts = np.bincount([run.cohort.label_of(s) for s in split.train], minlength=len(run.cohort.classes))
-    return counts / counts.sum()
-
-
 def colour_answers(
     run: Run, split: Split, histograms: Mapping[str, npt.NDArray[np.float64]], slides: Sequence[str]
 ) -> npt.NDArray[np.float64]:

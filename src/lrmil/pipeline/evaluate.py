@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -19,6 +19,7 @@ from lrmil.evaluation import (
     Scored,
     TextTable,
     Values,
+    constant_answer,
     paired_bootstrap,
     result_row,
     results_frame,
@@ -29,7 +30,7 @@ from lrmil.evaluation.metrics import MAIN, SHOWN
 from lrmil.evaluation.survival import Thresholds
 from lrmil.evaluation.table_formats import to_markdown, to_rich
 from lrmil.files import write_text
-from lrmil.pipeline.baselines import CONSTANT_RISK, MAJORITY, TRAINING_MEAN, constant_answer, constant_title
+from lrmil.pipeline.baselines import CONSTANT_RISK, MAJORITY, TRAINING_MEAN, constant_title
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.heads import Outputs
 from lrmil.tasks import TaskKind
@@ -81,7 +82,9 @@ class TestPredictions:
 
     def add_constant(self, split: Split) -> None:
         """Add the answer that looks at no slide, see `constant_answer`."""
-        answer = constant_answer(self._run, split)
+        cohort = self._run.cohort
+        truth: Callable[[str], Any] = cohort.label_of if self._run.kind == "classification" else cohort.target_of
+        answer = constant_answer(self._run.kind, [truth(s) for s in split.train], len(cohort.classes))
         self.add_rows(constant_title(self._run.kind), split, dict.fromkeys(split.test, answer))
 
     def of(self, method: str) -> Scored:
