@@ -20,7 +20,6 @@ from lrmil.evaluation import Cost, Predictions, result_row, results_frame
 from lrmil.evaluation.overlay import AttentionMap, mask_outlines
 from lrmil.evaluation.plots import (
     TrainingCurve,
-    confusion_matrix,
     metric_against_seconds,
     reliability,
     roc_curves,
@@ -83,22 +82,6 @@ def test_roc_is_the_vertical_mean_of_the_folds_curves(simulate: Simulate) -> Non
 def test_roc_without_a_defined_fold_says_so(simulate: Simulate) -> None:
     p = simulate(np.random.default_rng(0), 40)
     assert "one-sided: AUC undefined" in _texts(roc_curves({"one-sided": p.take(p.labels == 1)}))
-
-
-def test_confusion_counts_every_slide_once_and_rows_are_the_truth() -> None:
-    p = Predictions.of(
-        slide_ids=range(8),
-        labels=[0, 0, 0, 1] * 2,
-        probabilities=np.eye(2)[[0, 1, 1, 1] * 2],
-        class_names=["neg", "pos"],
-        seeds=[0] * 4 + [1] * 4,
-    )
-    figure = confusion_matrix(p)
-    cells = {t.get_position(): t.get_text() for t in figure.axes[0].texts}
-    # (column, row): two of the three negatives were called positive.
-    assert cells[(1, 0)] == "2.0\n67 %"
-    assert cells[(0, 1)] == "0.0\n0 %"
-    assert cells[(1, 1)] == "1.0\n100 %"
 
 
 def test_scatter_shows_each_timed_method_once_and_others_as_lines(simulate: Simulate) -> None:

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox, ScaledTranslation
 
-from lrmil.evaluation.metrics import metric, reliability_bins, score, weighted_confusion
+from lrmil.evaluation.metrics import metric, reliability_bins, score
 from lrmil.evaluation.predictions import Predictions
 from lrmil.evaluation.scored import FloatArray
 from lrmil.files import atomic_path
@@ -113,42 +113,6 @@ def roc_curves(methods: Mapping[str, Predictions], title: str = "") -> Figure:
             ax.fill_between(grid, (mean - sd).clip(0), (mean + sd).clip(max=1), color=colour, alpha=0.13, lw=0)
     ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     ax.legend(loc="lower right", frameon=False, fontsize=8, title="AUC, mean ± sd over folds", title_fontsize=8)
-    set_title(figure, title)
-    return figure
-
-
-def confusion_matrix(predictions: Predictions, title: str = "") -> Figure:
-    """Counts of true class (rows) and called class (columns) over all test folds, averaged over seeds.
-
-    Calls are made within a fold, so that adding up their counts pools no scores. Shaded by share of the row.
-    """
-    names = predictions.class_names
-    seeds = len(np.unique(predictions.seeds))
-    ones = np.ones((1, len(predictions)))
-    counts = weighted_confusion(predictions.labels, predictions.probabilities, ones)[0] / seeds
-    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1e-12)
-    side = 1.6 + 0.75 * len(names)
-    figure = new_figure(side + 0.6, side)
-    ax = figure.subplots()
-    image = ax.imshow(share, cmap="cividis", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(counts):
-        colour = "white" if share[row, column] < 0.55 else "black"
-        text = f"{count:.0f}" if seeds == 1 else f"{count:.1f}"
-        text += f"\n{100 * share[row, column]:.0f} %"
-        ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=9 if len(names) < 6 else 7)
-    turn: dict[str, Any] = (
-        {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 8 else {}
-    )
-    ax.set_xticks(range(len(names)), names, fontsize=8, **turn)
-    ax.set_yticks(range(len(names)), names, fontsize=8)
-    ax.set_xlabel("called", fontsize=9)
-    ax.set_ylabel("true", fontsize=9)
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=ax, shrink=0.8, pad=0.03)
-    bar.set_label("share of the true class", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    bar.outline.set_visible(False)
     set_title(figure, title)
     return figure
 
