@@ -1,0 +1,47 @@
+"""`lrmil study`: experiments that show what the method does, and whether it can tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Config = Annotated[Path, typer.Argument(help="Config of the study, like evidence/probe-tissue.yaml.")]
+Override = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change one setting; may be repeated."),
+]
+Publish = Annotated[Path | None, typer.Option(help="Copy the small tables and figures into this folder, too.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and the result.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+    studies = typer.Typer(no_args_is_help=True, help="Experiments with known truth: what stage 1 and stage 2 bring.")
+    studies.command()(probe)
+    app.add_typer(studies, name="study")
+
+
+def probe(
+    config: Config,
+    overrides: Override = None,
+    publish: Publish = None,
+    train: Annotated[bool, typer.Option(help="--no-train: only tables and figures of what is finished.")] = True,
+    quiet: Quiet = False,
+) -> None:
+    """What a region's embedding tells of its nuclei: 20x, 5x, and 5x after stage 1, with negative controls.
+
+    Ridge regression from embeddings to the composition of regions with known nuclei, trained and tested on different
+    images. Resumes; each recipe, fold and seed is done once. Writes to the study's output folder: cells.csv,
+    results.csv, retrieval.csv, summary.json, table.md and figures.
+    """
+    from lrmil.pipeline.reporting import Reporter
+    from lrmil.studies.run import run_probe
+    from lrmil.studies.settings import load_study
+
+    settings = load_study(config, overrides)
+    assert settings.out is not None
+    reporter = Reporter(Path(settings.out) / "log.jsonl", quiet=quiet)
+    for path in run_probe(settings, reporter, publish=publish, train=train):
+        print(path)

@@ -1,0 +1,1 @@
+"""Studies of what the method does to an encoder, on data anyone can make or download: probes and negative controls."""
