@@ -33,7 +33,7 @@ class Embedded:
 
 def embed(
     encoder: Encoder,
-    images: npt.NDArray[np.uint8],
+    images: npt.NDArray[np.uint8] | torch.Tensor,
     *,
     cls_layers: Iterable[int] = (),
     token_layers: Iterable[int] = (),
@@ -44,7 +44,7 @@ def embed(
 
     Args:
         encoder: on any device.
-        images: (N, P, P, 3) uint8 RGB; N may be 0.
+        images: (N, P, P, 3) uint8 RGB; N may be 0. A tensor may be on the encoder's device already.
         cls_layers: blocks whose class tokens are wanted as well.
         token_layers: blocks whose patch tokens are wanted as well (G * G times as large).
         precision: see `choose_dtype`.
@@ -66,7 +66,8 @@ def embed(
     try:
         with torch.inference_mode(), _autocast(device, dtype):
             for start in range(0, len(images), batch_size):
-                batch = torch.from_numpy(np.require(images[start : start + batch_size], requirements=["C", "W"]))
+                part = images[start : start + batch_size]
+                batch = part if isinstance(part, torch.Tensor) else torch.from_numpy(np.require(part, None, ["C", "W"]))
                 out = encoder(encoder.normalise(batch), cls_layers=cls_layers, token_layers=token_layers)
                 # Stays on the device: fetching every batch would make the GPU wait for the CPU.
                 embeddings.append(out.embedding.float())
