@@ -140,7 +140,7 @@ def test_exactly_what_is_selected_is_encoded(
         images_seen.extend(images)
         return embed(encoder, images, **options)
 
-    monkeypatch.setattr("lrmil.inference.stream.embed", watched)
+    monkeypatch.setattr("lrmil.inference.stream.encoding.embed", watched)
     with open_slide(path) as slide:
         head = make_head(name, encoder.embed_dim, slide)
         source = SlideScales(slide, grid_of(slide), encoder, head.scales, batch_size=5)

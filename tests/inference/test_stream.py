@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from lrmil.encoders import embed
 from lrmil.errors import NoTissue, TooManyUnreadable
 from lrmil.geometry import GridSettings, match_grids
-from lrmil.inference import stream
 from lrmil.inference.stream import ReadingLog, child_reads, encode_patches, region_reads, stream_patches
 from lrmil.slides import open_slide, write_pyramid
 
@@ -144,10 +143,17 @@ class CountingSlide:
         self.started = 0
         self._lock = threading.Lock()
 
-    def read_box(self, box_l0, size_px):
+    def announce(self, requests):
+        pass
+
+    def withdraw(self):
+        pass
+
+    def read_box(self, box_l0, size_px, out):
         with self._lock:
             self.started += 1
-        return np.full((size_px[1], size_px[0], 3), box_l0[0] % 251, np.uint8)
+        out[...] = box_l0[0] % 251
+        return out
 
 
 def test_one_batch_is_read_ahead_and_no_more():
@@ -195,7 +201,7 @@ def test_a_bad_tile_costs_the_regions_that_touch_it(damaged, parts):
     grid = match_grids(GRID, damaged.mpp, damaged.dimensions)
     bad = intersects(grid.region_boxes_l0, (512, 0, 1024, 512))
     assert bad.sum() == 4
-    rows, images, log = patches_of(damaged, region_reads(grid), 64)
+    rows, images, log = patches_of(damaged, region_reads(grid), 32)
     assert (rows == np.flatnonzero(~bad)).all()
     assert sorted(log.unreadable) == np.flatnonzero(bad).tolist()
     assert log.patches == 20
@@ -259,7 +265,7 @@ def test_encoding_passes_its_choices_on(write_slide, parts, monkeypatch):
         asked.append((len(images), options["batch_size"], options["precision"], tuple(options["cls_layers"])))
         return embed(encoder, images, **options)
 
-    monkeypatch.setattr(stream, "embed", spy)
+    monkeypatch.setattr("lrmil.inference.stream.encoding.embed", spy)
     seen = encode_patches(
         slide,
         region_reads(grid),

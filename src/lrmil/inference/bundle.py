@@ -113,7 +113,7 @@ def save_bundle(folder: Path, manifest: BundleManifest, encoder: Encoder, head: 
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
     save_encoder(encoder, folder)
     write_tensors(folder / HEAD_FILE, head.state_dict())
-    write_text(folder / "README.md", _model_card(manifest))
+    write_text(folder / "README.md", _model_card(manifest, encoder))
     manifest = manifest.model_copy(update={"files": {name: sha256(folder / name) for name in CHECKED_FILES}})
     # As JSON reads it back: numbers that are not finite become null.
     content = json.loads(manifest.model_dump_json(exclude={"checksum", *manifest.unused}))
@@ -220,8 +220,10 @@ def _asked(m: BundleManifest) -> tuple[str, str, str]:
     return "survival", told, "this event"
 
 
-def _model_card(manifest: BundleManifest) -> str:
+def _model_card(manifest: BundleManifest, encoder: Encoder) -> str:
     m = manifest
+    origin = m.encoder_origin.get("name", "an HR encoder")
+    shape = "" if origin == encoder.card.name else f"{encoder.card.name}, width {encoder.trunk_width}, "
     low, middle, high = m.trained_on.regions_per_slide
     metrics = "\n".join(f"| {name} | {value} |" for name, value in m.cross_validation.items())
     subject, answer, limit = _asked(m)
@@ -233,7 +235,7 @@ def _model_card(manifest: BundleManifest) -> str:
 - **Trained on** {m.trained_on.slides} slides of {m.trained_on.patients} patients ({m.trained_on.cohort});
   5th, 50th and 95th percentile of regions a slide: {low:.0f}, {middle:.0f}, {high:.0f}.
 - **Looks at** {m.grid.patch_px}-px regions at {m.grid.lr_mpp:g} um/px. It never asks for finer pixels.
-- **Encoder** distilled from {m.encoder_origin.get("name", "an HR encoder")} at {m.grid.hr_mpp:g} um/px.
+- **Encoder** {shape}distilled from {origin} at {m.grid.hr_mpp:g} um/px.
 - **Licence**: {m.licence_note}
 - Not a medical device. It knows only {limit} and slides like those it was trained on.
 
