@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lrmil.errors import CheckpointError, HeadError
 from lrmil.mil import MILHead, create_head, load_original
+from lrmil.mil.readout import Readout
 
 
 def _bag(count: int, width: int = 6, seed: int = 0) -> torch.Tensor:
@@ -192,6 +193,18 @@ def test_probabilities_are_sigmoids_only_where_the_loss_says_so() -> None:
     torch.testing.assert_close(one.probabilities(out.logits), torch.stack([1 - p, p]))
     assert out.attention_logits.shape == (5,)
     assert out.class_attention_logits is None
+
+
+def test_sigmoids_are_divided_by_their_sum_where_probabilities_must_sum_to_1() -> None:
+    logits = torch.tensor([[0.3, 2.0, -1.0], [-900.0, -901.0, -902.0]], dtype=torch.float64)
+    sigmoids = torch.sigmoid(logits[0])
+    read = Readout().read(_head(loss="bce"), logits).probabilities
+    np.testing.assert_allclose(read[0], (sigmoids / sigmoids.sum()).numpy())
+    # All next to 0: the quotients are still there.
+    np.testing.assert_allclose(read[1], np.exp([0, -1, -2]) / np.exp([0, -1, -2]).sum())
+    assert torch.equal(torch.from_numpy(Readout().read(_head(), logits).probabilities), torch.softmax(logits, dim=1))
+    one = _head(2, loss="bce", one_output=True)
+    assert torch.equal(one.class_shares(logits[:, :2]), one.probabilities(logits[:, :2]))
 
 
 def test_one_output_equals_cross_entropy_of_its_two_logits() -> None:

@@ -153,6 +153,21 @@ def test_the_default_list_loses_what_needs_slides(cohort: Path) -> None:
     assert for_features(load_config(cohort.parent / "saved.yaml"), quiet()).compare == chosen.compare
 
 
+def test_dsmil_with_a_sigmoid_a_class_is_compared_like_the_others(cohort: Path) -> None:
+    asked = {"methods": ["mean_pool", "dsmil"], "reference": "mean_pool", "options": {"dsmil": {"loss": "bce"}}}
+    out, _ = compared(cohort, compare={**asked, "jobs": 1})
+    found = predictions(out, "dsmil").probabilities
+    np.testing.assert_allclose(found.sum(axis=1), 1.0)
+    # What was stored as sigmoids, when that ended in a refusal, is asked of the head again.
+    (first, *others) = sorted(out.glob("folds/*/heads/dsmil/outputs.npz"))
+    with np.load(first) as stored:
+        arrays = dict(stored)
+    np.savez(first, **arrays | {"probabilities": arrays["probabilities"] * 0.7})
+    compared(cohort, compare={**asked, "jobs": 1})
+    assert others
+    np.testing.assert_array_equal(predictions(out, "dsmil").probabilities, found)
+
+
 def test_the_reference_is_abmil_or_what_the_config_says(cohort: Path) -> None:
     with pytest.raises(ConfigError, match="abmil is missing"):
         compared(cohort, compare={"methods": ["max_pool", "mean_pool"]})

@@ -68,6 +68,13 @@ class Head(nn.Module):
         """Turn logits (..., C) into class probabilities: a softmax, unless the method is defined otherwise."""
         return torch.softmax(logits, dim=-1)
 
+    def class_shares(self, logits: Tensor) -> Tensor:
+        """Turn logits (..., C) into numbers in 0..1 that sum to 1, as metrics and tables want them.
+
+        They are `probabilities`, unless a method gives its classes probabilities of their own, which need not.
+        """
+        return self.probabilities(logits)
+
     def total_loss(self, output: HeadOutput, bag_loss: Tensor) -> Tensor:
         """Join the loss of the bag (cross-entropy of its logits) with the head's own terms."""
         total = bag_loss if self.bag_loss_weight == 1.0 else self.bag_loss_weight * bag_loss

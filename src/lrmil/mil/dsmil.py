@@ -9,9 +9,10 @@
     L = 0.5 l(y, Y) + 0.5 l(max_n c_n, Y)
 
 `loss: bce` is the original's: l is the mean over classes of binary cross-entropies with a one-hot target, and the
-probabilities are C sigmoids that need not sum to 1. `loss: ce`, for classes that exclude each other, is cross-entropy
-and softmax. With `average`, prediction (eval mode) joins both streams: the probabilities are the mean of those of y and
-of max_n c_n, and the logits say so; the original adds the two up, which ranks alike.
+probabilities are C sigmoids that need not sum to 1; metrics and answers take each divided by the sum of all. `loss:
+ce`, for classes that exclude each other, is cross-entropy and softmax. With `average`, prediction (eval mode) joins
+both streams: the probabilities are the mean of those of y and of max_n c_n, and the logits say so; the original adds
+the two up, which ranks alike.
 
 What num_classes means: the outputs, C above. For two classes of which one is the absence of the other (tumour or not)
 the original has a single output and calls that C = 1: this is num_classes = 2 with `one_output`. The logits are then
@@ -145,6 +146,13 @@ class DSMIL(MILHead):
         if self.options.loss == "bce" and not self.options.one_output:
             return torch.sigmoid(logits)
         return super().probabilities(logits)
+
+    def class_shares(self, logits: Tensor) -> Tensor:
+        """With one sigmoid a class: each divided by the sum of all; which class has the highest stays."""
+        if self.options.loss == "bce" and self.num_classes > 1 and not self.options.one_output:
+            # A softmax of their logarithms, so that sigmoids that are all next to 0 can be divided, too.
+            return torch.softmax(F.logsigmoid(logits), dim=-1)
+        return self.probabilities(logits)
 
     def total_loss(self, output: HeadOutput, bag_loss: Tensor) -> Tensor:
         """Join both streams; where no class was known to the head, the loss is that of the bag alone."""

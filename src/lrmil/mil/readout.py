@@ -1,6 +1,6 @@
 """What the logits of a head stand for: class probabilities, a number, or survival. Kept beside trained weights.
 
-    classification   probabilities: the head's own way, a softmax for most
+    classification   probabilities: the head's own way, a softmax for most; see `Head.class_shares`
     regression       value = mean + sd * y                 mean and sd of the training targets, in their unit
     cox              value = y                             log-risk: higher means earlier
     hazards          h_j = sigmoid(y_j): the share of those who come to interval j that have the event in it
@@ -69,7 +69,7 @@ class Readout(Settings):
         """Read logits (..., C) of `head`, in float64: in float32 confident slides would tie."""
         logits = logits.detach().cpu().double()
         if self.meaning == "classification":
-            return Reading(head.probabilities(logits).numpy())
+            return Reading(head.class_shares(logits).numpy())
         nothing = np.empty((*logits.shape[:-1], 0))
         if self.meaning == "hazards":
             survival = survival_curve(logits)
