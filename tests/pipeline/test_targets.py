@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ import pytest
 from lrmil.bags import read_bag
 from lrmil.pipeline.pixels import RegionPixels, colour_histogram
 from lrmil.pipeline.regions import CachedTargets, CohortRegions, LiveTargets
+from lrmil.pipeline.reporting import Reporter
+from lrmil.pipeline.study import Study
 from lrmil.pipeline.tile import tile_cohort
 
 
@@ -140,6 +144,15 @@ def test_the_colour_histogram_is_that_of_numpy() -> None:
     found = colour_histogram(images)
     np.testing.assert_allclose(found, counts.ravel() / counts.sum())
     assert found.sum() == pytest.approx(1)
+
+
+def test_teachers_that_stage_1_had_trained_are_not_announced_again() -> None:
+    told = io.StringIO()
+    run: Any = SimpleNamespace(reporter=Reporter(stream=told))
+    fold: Any = SimpleNamespace(name="0")
+    study = Study(run, None, folds=[fold], teacher_answers={"0": {}})  # type: ignore[arg-type]
+    study.do("teacher")
+    assert told.getvalue() == ""
 
 
 @pytest.mark.parametrize("targets", ["cached", "on_the_fly"])

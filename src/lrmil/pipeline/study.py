@@ -196,6 +196,8 @@ class Study:
                 for split in self.folds:
                     self.distil(split)
         elif stage == "teacher":
+            if self.folds and all(split.name in self.teacher_answers for split in self.folds):
+                return  # stage 1 asked for them
             with run.reporter.stage("teacher", "Stage 2.1: training the 20x teacher head of each fold"):
                 for split in self.folds:
                     self.teacher(split)
