@@ -15,7 +15,7 @@ from lrmil.errors import ConfigError, HeadError
 from lrmil.evaluation.predictions import Predictions
 from lrmil.pipeline.compare import compare
 from lrmil.pipeline.config import PAPER_METHODS, RunSettings
-from lrmil.pipeline.methods import METHODS, methods_named
+from lrmil.pipeline.methods import METHODS, for_features, for_task, methods_named
 from lrmil.pipeline.reporting import Reporter
 
 FEW = ["majority", "abmil", "mean_pool", "zoommil", "hdmil", "lr_only", "lrmil"]
@@ -127,3 +127,26 @@ def test_a_wrong_comparison_is_refused_before_anything_is_made(
     with pytest.raises(error, match=words):
         compare(settings_for(lab, tmp_path / "run", methods, **compared_as), quiet())
     assert not (tmp_path / "run" / "tiles").exists()
+
+
+def test_the_default_list_loses_what_cannot_learn_the_task(lab: Any, tmp_path: Path) -> None:
+    def chosen(kind: str, **changes: Any) -> tuple[list[str], str]:
+        told = io.StringIO()
+        found = for_task(lab.settings(tmp_path, cohort={"kind": kind}, **changes), Reporter(stream=told))
+        return found.compare.methods, told.getvalue()
+
+    default, nothing = chosen("classification")
+    assert "hdmil" in default
+    assert nothing == ""
+    for kind, meaning in (("regression", "regression"), ("survival", "hazards")):
+        kept, line = chosen(kind)
+        assert kept == [name for name in default if name != "hdmil"]
+        assert line == f"Left out of the methods: hdmil, which cannot learn {meaning}.\n"
+    # What was asked for by name stays, and is refused by its name later on.
+    assert chosen("regression", compare={"methods": ["abmil", "hdmil"]}) == (["abmil", "hdmil"], "")
+
+
+def test_features_alone_and_a_task_shorten_the_same_list(lab: Any, tmp_path: Path) -> None:
+    found = for_features(for_task(lab.settings(tmp_path, cohort={"kind": "regression"}), quiet()), quiet())
+    assert "abmil" in found.compare.methods
+    assert not {"hdmil", "zoommil", "lrmil"} & set(found.compare.methods)

@@ -19,7 +19,7 @@ from lrmil.pipeline.feature_study import FeatureStudy
 from lrmil.pipeline.heads import Outputs, slide_bag, stored_head
 from lrmil.pipeline.jobs import HeadJob, do_jobs, job_outputs, workers_for
 from lrmil.pipeline.keys import head_key, outputs_key, results_key
-from lrmil.pipeline.methods import Method, baseline_settings, for_features, methods_named, reference_of
+from lrmil.pipeline.methods import Method, baseline_settings, for_features, for_task, methods_named, reference_of
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.run import Outcome, mean_cost
 from lrmil.pipeline.selective import selective_outputs, stored_selective_head, time_selective
@@ -46,6 +46,7 @@ def compare(settings: RunSettings, reporter: Reporter) -> Outcome:
     """
     cohort = settings_cohort(settings)
     alone = brings_features_alone(cohort)
+    settings = for_task(settings, reporter)
     if alone:
         settings = for_features(settings, reporter)
     methods = methods_named(settings.compare.methods, settings.cohort.kind)

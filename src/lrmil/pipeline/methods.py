@@ -12,7 +12,9 @@ from lrmil.pipeline.config import RunSettings
 from lrmil.pipeline.evaluate import GROUPS, LR_ONLY, LRMIL
 from lrmil.pipeline.reporting import Reporter
 from lrmil.tasks import TaskKind
+from lrmil.training.objectives import make_objective
 from lrmil.training.stage2 import TeacherSettings
+from lrmil.training.support import support
 
 Sees = Literal["nothing", "hr", "chosen", "lr", "lrmil"]
 """hr: all 20x patches. chosen: patches that the method chooses itself. lr: 5x by the frozen encoder. lrmil: the whole
@@ -113,8 +115,32 @@ def for_features(settings: RunSettings, reporter: Reporter) -> RunSettings:
         )
     if refused:
         reporter.line(f"Features alone: {', '.join(refused)} need slides and are left out.")
-    kept = [n for n in settings.compare.methods if n not in needing]
-    return settings.model_copy(update={"compare": settings.compare.model_copy(update={"methods": kept})})
+    return _without(settings, refused)
+
+
+def for_task(settings: RunSettings, reporter: Reporter) -> RunSettings:
+    """Return settings for a task that not every head can learn: the default list loses the methods that cannot.
+
+    Methods that were asked for by name stay, and are refused by theirs when heads are made.
+    """
+    if "methods" in settings.compare.model_fields_set:
+        return settings
+    meaning = make_objective(settings.cohort.kind, 2, settings.objective).name
+    heads = {m.name: m.head for m in METHODS if m.head}
+    refused = [n for n in settings.compare.methods if n in heads and support(heads[n], meaning).how == "refused"]
+    if not refused:
+        return settings
+    reporter.line(f"Left out of the methods: {', '.join(refused)}, which cannot learn {meaning}.")
+    return _without(settings, refused)
+
+
+def _without(settings: RunSettings, refused: Sequence[str]) -> RunSettings:
+    """Return settings whose default list of methods is shorter; it still counts as the default."""
+    kept = [n for n in settings.compare.methods if n not in refused]
+    shorter = settings.compare.model_copy(update={"methods": kept})
+    if "methods" not in settings.compare.model_fields_set:
+        shorter.model_fields_set.discard("methods")
+    return settings.model_copy(update={"compare": shorter})
 
 
 def baseline_settings(settings: RunSettings, method: Method) -> TeacherSettings:
