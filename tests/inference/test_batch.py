@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from lrmil.cli import main
-from lrmil.errors import BundleError, EncoderError, NotASlide, NoTissue, OutputError
+from lrmil.errors import BundleError, ConfigError, EncoderError, NotASlide, NoTissue, OutputError
 from lrmil.files import read_json
+from lrmil.inference import batch
 from lrmil.inference.batch import Failure, folder_names, predict_many
 from lrmil.inference.predict import Bundle, Prediction
 from lrmil.slides import write_pyramid
@@ -122,6 +123,53 @@ def test_an_encoder_that_fails_on_one_slide(slides, bundle_folder, tmp_path, mon
     assert [f.path for f in failures] == [str(slides[0])]
     # The name does not depend on what failed before.
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"case-2", "predictions.csv", "failures.csv"}
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error"), RuntimeError("out of memory")])
+def test_whatever_ends_one_slide_ends_no_other(slides, bundle_folder, tmp_path, monkeypatch, error):
+    """Also while its pictures are drawn: no answer is then left that the table does not hold."""
+    predict, draw = Bundle.predict, batch._draw
+
+    def torn(self, slide, **options):
+        if slide == slides[1]:
+            raise error
+        return predict(self, slide, **options)
+
+    def undrawn(answer, folder):
+        if folder.name == "case":
+            raise error
+        draw(answer, folder)
+
+    monkeypatch.setattr(Bundle, "predict", torn)
+    monkeypatch.setattr(batch, "_draw", undrawn)
+    out = tmp_path / "out"
+    failures = predict_many([slides[0], slides[1], slides[3]], bundle_folder, out, device="cpu")
+    assert [f.path for f in failures] == [str(slides[0]), str(slides[1])]
+    assert [row["error"] for row in table(out / "failures.csv")] == [type(error).__name__] * 2
+    assert failures[0].message.startswith(f"case.tif: {type(error).__name__}")
+    assert [row["folder"] for row in table(out / "predictions.csv")] == ["case-2"]
+    assert list((out / "case").iterdir()) == []
+
+
+def test_each_row_of_the_tables_is_written_once(slides, bundle_folder, tmp_path, monkeypatch):
+    """A thousand slides are no thousand tables of up to a thousand rows."""
+    written = []
+    monkeypatch.setattr(batch, "_as_csv", lambda rows, as_csv=batch._as_csv: written.append(len(rows)) or as_csv(rows))
+    predict_many([slides[0], slides[1]] * 3, bundle_folder, tmp_path / "out", device="cpu", heatmap=False)
+    assert written == [2, 2, 1, 1, 1, 1]
+    assert len(table(tmp_path / "out" / "predictions.csv")) == len(table(tmp_path / "out" / "failures.csv")) == 3
+
+
+def test_a_wrong_setting_and_a_full_disk_are_no_slide_s_fault(slides, bundle_folder, tmp_path, monkeypatch):
+    for error in (ConfigError("float16 on a CPU"), OutputError("the disk is full")):
+
+        def wrong(self, slide, error=error, **options):
+            raise error
+
+        monkeypatch.setattr(Bundle, "predict", wrong)
+        with pytest.raises(type(error)):
+            predict_many(slides, bundle_folder, tmp_path / "out", device="cpu")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_what_is_wrong_for_all_slides_is_raised_at_once(slides, bundle_folder, tmp_path):

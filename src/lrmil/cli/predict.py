@@ -49,7 +49,7 @@ def predict(
         if as_json:
             print(json.dumps(result.as_json()), flush=True)
         if isinstance(result, Failure):
-            print(f"lrmil: {result.error}", file=sys.stderr)
+            print(f"lrmil: {result.message}", file=sys.stderr)
         elif not as_json:
             print(_in_words(result), flush=True)
         progress.advance()

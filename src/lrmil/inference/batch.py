@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrmil.errors import EncoderError, HeadError, OutputError, SlideError
+from lrmil.errors import ConfigError, LrmilError, OutputError
 from lrmil.files import write_text
 from lrmil.inference.bundle import BundleManifest
 from lrmil.inference.predict import Prediction, load_bundle
@@ -23,11 +24,42 @@ class Failure:
     """A slide that could not be answered, and why."""
 
     path: str
-    error: SlideError | EncoderError | HeadError
+    error: Exception
+
+    @property
+    def message(self) -> str:
+        """What went wrong, in words that name the slide."""
+        if isinstance(self.error, LrmilError):
+            return str(self.error)
+        said = str(self.error)
+        return f"{Path(self.path).name}: {type(self.error).__name__}{f': {said}' if said else ''}"
 
     def as_json(self) -> dict[str, Any]:
         """Return what `lrmil predict --json` prints for it."""
-        return {"path": self.path, "error": type(self.error).__name__, "message": str(self.error)}
+        return {"path": self.path, "error": type(self.error).__name__, "message": self.message}
+
+
+class _Table:
+    """A CSV file that grows row by row: every row is on the disk before the next slide begins."""
+
+    def __init__(self, path: Path, header: Sequence[str]) -> None:
+        self._path, self._header, self._begun = path, header, False
+
+    def add(self, row: Sequence[str]) -> None:
+        """Append a row; the first comes with the header, in a file that appears with both."""
+        if not self._begun:
+            write_text(self._path, _as_csv([self._header, row]))
+            self._begun = True
+            return
+        try:
+            with self._path.open("a", encoding="utf-8") as handle:
+                handle.write(_as_csv([row]))
+                handle.flush()
+                os.fsync(handle.fileno())
+        except OSError as error:
+            raise OutputError(
+                f"{self._path}: cannot be written ({error.strerror or error}).", fix="Look whether the disk is full."
+            ) from error
 
 
 def predict_many(
@@ -44,6 +76,7 @@ def predict_many(
 ) -> list[Failure]:
     """Answer `slides`; write `out`/<slide>/prediction.json and pictures, predictions.csv and failures.csv.
 
+    Whatever goes wrong with one slide (the machine's memory, say) is its failure, and the next one's turn comes.
     What an earlier call left of these files is removed first, so that every answer found there is one of this call.
     Slides of the same file name get numbered folders, which do not depend on what fails.
 
@@ -63,6 +96,7 @@ def predict_many(
 
     Raises:
         BundleError: the model cannot be loaded.
+        ConfigError: a setting is wrong, for every slide.
         OutputError: an answer cannot be written.
     """
     bundle = load_bundle(model, device=device)
@@ -78,24 +112,25 @@ def predict_many(
     for stale in [out / ANSWERS_FILE, out / FAILURES_FILE, *(f / name for f in folders for name in _PER_SLIDE)]:
         stale.unlink(missing_ok=True)
 
-    rows = [["slide", *_answer_columns(bundle.manifest), "regions", "unreadable", "seconds", "folder", "path"]]
+    columns = ["slide", *_answer_columns(bundle.manifest), "regions", "unreadable", "seconds", "folder", "path"]
+    answers, failed = _Table(out / ANSWERS_FILE, columns), _Table(out / FAILURES_FILE, ["path", "error", "message"])
     failures: list[Failure] = []
     for path, folder in zip(slides, folders, strict=True):
         result: Prediction | Failure
         try:
             result = bundle.predict(path, mpp=mpp, batch_size=batch_size, threads=threads, picture=heatmap)
-        except (SlideError, EncoderError, HeadError) as error:
-            result = Failure(str(path), error)
-            failures.append(result)
-            _write_csv(
-                out / FAILURES_FILE, [["path", "error", "message"], *(list(f.as_json().values()) for f in failures)]
-            )
-        else:
             result.write(folder / "prediction.json")
             if heatmap and result.attention is not None:
                 _draw(result, folder)
-            rows.append(_row(result, folder.name))
-            _write_csv(out / ANSWERS_FILE, rows)
+            answers.add(_row(result, folder.name))
+        except (ConfigError, OutputError):
+            raise  # it would be the same for every slide
+        except Exception as error:
+            for name in _PER_SLIDE:
+                (folder / name).unlink(missing_ok=True)
+            result = Failure(str(path), error)
+            failures.append(result)
+            failed.add(list(result.as_json().values()))
         if on_result:
             on_result(result)
     return failures
@@ -148,7 +183,7 @@ def _row(answer: Prediction, folder: str) -> list[str]:
     return [answer.slide, *_answer(answer), *counts, folder, answer.path]
 
 
-def _write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:
+def _as_csv(rows: Sequence[Sequence[str]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(path, text.getvalue())
+    return text.getvalue()
