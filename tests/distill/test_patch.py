@@ -12,6 +12,8 @@ from pydantic import ValidationError
 from lrmil.distill import (
     Stage1LossSettings,
     attention_feature_loss,
+    linear_fit,
+    map_layers,
     patch_distillation_loss,
     pool_token_blocks,
     resolve_layers,
@@ -210,3 +212,49 @@ def test_layers_are_resolved_and_checked() -> None:
 def test_a_grid_that_cannot_be_cut_is_refused() -> None:
     with pytest.raises(GridMismatch, match=r"14 x 14.*4 x 4"):
         pool_token_blocks(torch.zeros(1, 14, 14, 2), 4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(depth=st.integers(2, 30), student=st.integers(2, 30), data=st.data())
+def test_layers_of_another_depth_keep_their_order_and_their_ends(depth: int, student: int, data: st.DataObject) -> None:
+    layers = data.draw(st.lists(st.integers(-depth, depth - 1), min_size=1, max_size=5))
+    found = map_layers(layers, depth, student)
+    assert tuple(found) == resolve_layers(layers, depth)
+    assert list(found.values()) == sorted(found.values())
+    assert all(0 <= block < student for block in found.values())
+    ends = map_layers((0, -1), depth, student)
+    assert ends == {0: 0, depth - 1: student - 1}
+    if depth == student:
+        assert all(own == block for own, block in found.items())
+
+
+@pytest.mark.parametrize("pair", [(2, 1), (12, 0), (11, 6), (11, -7)])
+def test_pairs_of_blocks_that_do_not_exist_or_are_not_distilled_are_refused(pair: tuple[int, int]) -> None:
+    with pytest.raises(ConfigError, match=rf"layer_pairs: \[{pair[0]}, {pair[1]}\] pairs no distilled block"):
+        map_layers((0, 1, -1), 12, 6, [pair])
+
+
+def test_a_linear_fit_finds_the_map_that_made_the_targets() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 5, generator=draw) + 40
+    weight, bias = torch.randn(3, 5, generator=draw), torch.tensor([1e3, -7.0, 0.0])
+    found, shift = linear_fit(x, x @ weight.T + bias, ridge=0.0)
+    torch.testing.assert_close(found, weight, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(shift, bias, rtol=1e-3, atol=0.1)
+    # The ridge holds where there are fewer rows than channels, and nothing varies.
+    found, shift = linear_fit(torch.ones(2, 5), torch.tensor([[2.0], [4.0]]))
+    assert found.abs().max() == 0
+    assert shift.item() == pytest.approx(3)
+
+
+def test_projected_tokens_are_compared_as_projecting_every_token_would() -> None:
+    tokens, _, region, slot, ratio = _case(4, 3, 2, 2, 0.8)
+    draw = torch.Generator().manual_seed(1)
+    maps = {layer: torch.nn.Linear(3, 7) for layer in tokens}
+    teacher = {layer: torch.randn(len(region), 7, generator=draw) for layer in tokens}
+    found = patch_distillation_loss(tokens, teacher, region, slot, ratio=ratio, projections=maps)
+    wide = {layer: maps[layer](values) for layer, values in tokens.items()}
+    wanted = patch_distillation_loss(wide, teacher, region, slot, ratio=ratio)
+    torch.testing.assert_close(found.total, wanted.total)
+    found.total.backward()
+    assert all(maps[layer].weight.grad.abs().sum() > 0 for layer in maps)

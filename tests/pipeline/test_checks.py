@@ -65,6 +65,31 @@ def table_with(lab: Any, folder: Path, **columns: Any) -> str:
         ({"cohort": {"classes": ["a", "b"]}}, "CohortError", "is not among the classes"),
         ({"folds": {"num_folds": 6}}, "CohortError", "fewer patients than the 6 folds"),
         ({"device": "cuda:99"}, "ConfigError", "cuda:99"),
+        (
+            {"stage1": {"student": {"name": "dinov2-smal"}}},
+            "UnknownEncoder",
+            "stage1.student: there is no encoder 'dinov2-smal'.*dinov2-small",
+        ),
+        (
+            {"stage1": {"student": {"name": "lrmil-small", "input_px": 40}}},
+            "GridMismatch",
+            "stage1.student, lrmil-small: .* 5 x 5, which cannot be cut into 4 x 4.*Choose another stage1.student.inp",
+        ),
+        (
+            {"stage1": {"student": {"name": "lrmil-small", "input_px": 36}}},
+            "GridMismatch",
+            "stage1.student: .* 36 px cannot be cut into tokens of 8 px",
+        ),
+        (
+            {"stage1": {"student": {"name": "lrmil-small", "depth": 2, "layer_pairs": [[1, 2]]}}},
+            "ConfigError",
+            r"layer_pairs: \[1, 2\] pairs no distilled block",
+        ),
+        (
+            {"stage1": {"student": {"name": "lrmil-small", "random_seed": 0}, "loss": {"layers": [0, 1]}}},
+            "ConfigError",
+            "above 6 would stay random",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -104,7 +104,7 @@ def _settings(**changes: Any) -> Stage1Settings:
 
 def _measure(encoder: TinyViT, regions: Regions, **loss: Any) -> dict[str, float]:
     settings = _settings(loss=Stage1LossSettings(**loss))
-    layers = tuple(range(encoder.depth)) if "layers" not in loss else loss["layers"]
+    layers = {i: i for i in loss.get("layers", range(encoder.depth))}
     with torch.inference_mode():
         return _Step(encoder, layers, settings, RATIO, torch.device("cpu")).measure(
             regions.batch(np.arange(len(regions)))
@@ -168,7 +168,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch() -> None:
     for size in (None, 1, 3, 7):
         student = _encoder(seed=9)
         settings = _settings(micro_batch=size, loss=Stage1LossSettings(lambda_attention_feature=0.5))
-        losses.append(_Step(student, (0, 1, 2), settings, RATIO, torch.device("cpu")).learn(batch))
+        losses.append(_Step(student, {0: 0, 1: 1, 2: 2}, settings, RATIO, torch.device("cpu")).learn(batch))
         gradients.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
     for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-6)
@@ -292,7 +292,7 @@ def test_bfloat16_is_close_to_float32() -> None:
     batch = Regions(teacher, 8, 1).batch(np.arange(8))
     losses = {}
     for precision in ("float32", "auto", "bfloat16"):
-        step = _Step(_encoder(9), (0, 1, 2), _settings(precision=precision), RATIO, torch.device("cpu"))
+        step = _Step(_encoder(9), {0: 0, 1: 1, 2: 2}, _settings(precision=precision), RATIO, torch.device("cpu"))
         losses[precision] = float(step.learn(batch)["loss"])
     assert losses["auto"] == losses["float32"] != losses["bfloat16"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)

@@ -7,13 +7,15 @@
 Both are raw block outputs, before the final norm. MSE is the mean over channels; K_r <= K counts the children that
 region r really has; the mean goes over the regions that have any; agg is the mean (or sum) over the distilled layers.
 The choice of layers follows Yang et al., ViTKD: feature-based knowledge distillation for vision transformers, 2024.
+As there, and first in Romero et al., FitNets, 2015, a student of another width is compared through a linear map for
+each layer, which serves training alone; z_LR above is then that map's output.
 
 Shapes. B regions, G x G tokens, ratio x ratio = K children a region, M children over all regions of the batch, width W.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,11 +24,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from lrmil.encoders.shaped import matching_block
 from lrmil.errors import ConfigError
 from lrmil.geometry import check_token_grid
 from lrmil.settings import Settings
 
 LayerAggregation = Literal["mean", "sum"]
+Projection = Callable[[Tensor], Tensor]
+"""(n, width of the student) to (n, width of the teacher)"""
 
 
 class Stage1LossSettings(Settings):
@@ -63,6 +68,51 @@ def resolve_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
     return tuple(sorted({layer % depth for layer in layers}))
 
 
+def map_layers(
+    layers: Sequence[int], depth: int, student_depth: int, pairs: Sequence[tuple[int, int]] = ()
+) -> dict[int, int]:
+    """Return {block of the teacher: block of the student that is taught by it}, for each of `layers`.
+
+    At equal depth each block teaches its like. Else the block of the same relative depth is taught, first by first and
+    last by last, see `matching_block`; in a student of few blocks, one may be taught by two.
+
+    Args:
+        layers: distilled blocks of the teacher, see `resolve_layers`.
+        depth: number of its blocks.
+        student_depth: number of the student's.
+        pairs: (teacher's block, student's block) that go together instead; negative ones count from the end.
+
+    Raises:
+        ConfigError: there is no such block, or a pair is of a block that is not distilled.
+    """
+    found = {layer: matching_block(layer, depth, student_depth) for layer in resolve_layers(layers, depth)}
+    for own, learner in pairs:
+        if not (-depth <= own < depth and own % depth in found and -student_depth <= learner < student_depth):
+            raise ConfigError(
+                f"layer_pairs: [{own}, {learner}] pairs no distilled block of the teacher (layers {sorted(found)}) "
+                f"with one of the student's {student_depth}.",
+                fix="Give [teacher's block, student's block], and name the former in stage1.loss.layers.",
+            )
+        found[own % depth] = learner % student_depth
+    return found
+
+
+def linear_fit(inputs: Tensor, targets: Tensor, *, ridge: float = 1e-2) -> tuple[Tensor, Tensor]:
+    """Fit targets (n, V) by inputs (n, W): the weight (V, W) and bias (V,) of least squares with a ridge, float32.
+
+    The ridge is a share of the inputs' mean variance and does not shrink the bias. Computed in float64.
+    """
+    x, y = inputs.double(), targets.double()
+    x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
+    x, y = x - x_mean, y - y_mean
+    gram = x.T @ x
+    variance = float(gram.diagonal().mean())
+    # Inputs without any variance leave nothing to fit but the mean.
+    ridge = ridge * variance if variance > 0 else 1.0
+    weight = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), x.T @ y).T
+    return weight.float(), (y_mean - weight @ x_mean).float()
+
+
 @dataclass(frozen=True, slots=True)
 class PatchLoss:
     """L_patch and the terms that it is made of."""
@@ -97,17 +147,19 @@ def patch_distillation_loss(
     ratio: int,
     layer_aggregation: LayerAggregation = "mean",
     layer_norm_targets: bool = False,
+    projections: Mapping[int, Projection] | None = None,
 ) -> PatchLoss:
     """Eq. (2) for children that lie on their region's own grid.
 
     Args:
-        student_tokens: {layer: (B, G, G, W)} patch tokens of the student, without CLS.
+        student_tokens: {layer: (B, G, G, W)} patch tokens of the student, without CLS, under the teacher's layers.
         teacher_cls: {layer: (M, W)} CLS tokens of the teacher; no gradient flows into them.
         region: (M,) int64, row 0..B-1 of the region that a child lies in.
         slot: (M,) int64, ratio * row + column of the child in its region.
         ratio: children along one side of a region.
         layer_aggregation: mean or sum over layers.
         layer_norm_targets: compare after a LayerNorm without weights over the channels of both sides.
+        projections: {layer: map to the teacher's width}, where the student's is another.
 
     Returns:
         The loss in float32; 0, still attached to the graph, if the batch has no child.
@@ -115,6 +167,9 @@ def patch_distillation_loss(
     matched = {
         layer: pool_token_blocks(student_tokens[layer].float(), ratio)[region, slot] for layer in _layers(teacher_cls)
     }
+    if projections:
+        # Linear maps and means change places: projecting the means is 16 times cheaper than projecting tokens.
+        matched = {layer: projections[layer](means) for layer, means in matched.items()}
     regions = len(next(iter(student_tokens.values())))
     return _matched_loss(matched, teacher_cls, region, regions, layer_aggregation, layer_norm_targets)
 

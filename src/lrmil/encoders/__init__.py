@@ -6,6 +6,7 @@ from lrmil.encoders.cards import EncoderCard, encoder_cards, register_encoder
 from lrmil.encoders.embedding import Embedded, embed
 from lrmil.encoders.factory import create_encoder, encoder_from_settings, resolve_card
 from lrmil.encoders.settings import EncoderSettings
+from lrmil.encoders.shaped import shaped_encoder
 from lrmil.encoders.store import load_encoder, save_encoder
 from lrmil.encoders.vit import Encoder, EncoderOutput
 
@@ -23,6 +24,7 @@ __all__ = [
     "register_encoder",
     "resolve_card",
     "save_encoder",
+    "shaped_encoder",
 ]
 
 _packaged.register_all()

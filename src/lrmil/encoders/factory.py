@@ -56,7 +56,26 @@ def create_encoder(
     if is_saved_encoder(name_or_path):
         return _saved(name_or_path, input_px, embedding, position_embedding, weights is None and random_seed is None)
 
-    card = resolve_card(name_or_path)
+    return encoder_of_card(
+        resolve_card(name_or_path),
+        input_px=input_px,
+        weights=weights,
+        embedding=embedding,
+        random_seed=random_seed,
+        position_embedding=position_embedding,
+    )
+
+
+def encoder_of_card(
+    card: EncoderCard,
+    *,
+    input_px: int | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    embedding: Embedding | None = None,
+    random_seed: int | None = None,
+    position_embedding: PositionEmbedding = "resample",
+) -> Encoder:
+    """Build the encoder of a card, registered or not; the rest is as in `create_encoder`."""
     embedding = embedding or card.embedding
     card.embed_dim(embedding)
     input_px = card.input_px if input_px is None else input_px

@@ -35,3 +35,30 @@ class EncoderSettings(Settings):
         if self.weights is not None and self.random_seed is not None:
             raise ValueError("weights and random_seed exclude each other")
         return self
+
+
+class ShapedEncoderSettings(Settings):
+    """A ViT to begin a training with: trained weights, fewer blocks of them, or random ones of any shape."""
+
+    name: str = Field(..., description="card (`lrmil encoders` lists them), timm ViT, or folder of a saved encoder")
+    weights: str | None = Field(None, description="local weight file; null: environment variable, package or hub")
+    random_seed: int | None = Field(None, ge=0, description="random weights from this seed instead of trained ones")
+    depth: int | None = Field(
+        None, ge=1, description="number of blocks; of trained ones those are kept that lie evenly, first and last too"
+    )
+    width: int | None = Field(None, ge=1, description="width of a token; only with random_seed")
+    heads: int | None = Field(None, ge=1, description="attention heads, a divisor of width; only with random_seed")
+    token_px: int | None = Field(None, ge=1, description="side of a token in pixels; only with random_seed")
+    input_px: int | None = Field(None, ge=1, description="side that patches are resampled to; null: as they are")
+    embedding: Embedding | None = Field(
+        None, description="output that stands for a patch; null: token_mean, since stage 1 teaches tokens, not the CLS"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ShapedEncoderSettings:
+        if self.weights is not None and self.random_seed is not None:
+            raise ValueError("weights and random_seed exclude each other")
+        given = [name for name in ("width", "heads", "token_px") if getattr(self, name) is not None]
+        if given and self.random_seed is None:
+            raise ValueError(f"trained weights have their own {given[0]}: leave it out, or give a random_seed")
+        return self

@@ -180,7 +180,8 @@ def _possible(study: Study, plan: Plan) -> Plan:
         settings = variant.applied(study.run.settings)
         try:
             study.run.objective.check_loss(settings.student.loss)
-            check_token_grid(study.encoder.token_grid_side, settings.grid.ratio)
+            for side in _token_grids(study):
+                check_token_grid(side, settings.grid.ratio)
         except (ConfigError, GridMismatch) as error:
             notes.append(f"{variant.title} is left out: {error.message}")
             continue
@@ -196,6 +197,12 @@ def _possible(study: Study, plan: Plan) -> Plan:
     lines = {name: tuple(p for p in points if p[1] in titles) for name, points in plan.lines.items()}
     drawn = {name: points for name, points in lines.items() if len(points) > 1}
     return replace(plan, variants=tuple(kept), lines=drawn, notes=tuple(notes))
+
+
+def _token_grids(study: Study) -> list[int]:
+    """Return the tokens along a side of an image, of the HR encoder and of a student of another architecture."""
+    own = study.run.own_student
+    return [study.encoder.token_grid_side, *([] if own is None else [own["token_grid_side"]])]
 
 
 def _fine_enough(mpp_l0: float, grid: GridSettings) -> bool:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import yaml
 
 from lrmil.cohorts.table import Cohort
 from lrmil.distill import resolve_layers
 from lrmil.encoders import Encoder, embed
 from lrmil.encoders.store import is_saved_encoder
-from lrmil.errors import CohortError, ConfigError
+from lrmil.errors import CohortError, ConfigError, GridMismatch
 from lrmil.geometry import check_token_grid
 from lrmil.mil import create_head
 from lrmil.pipeline.cohort import labelled_for_any
 from lrmil.pipeline.context import Run
 from lrmil.pipeline.folder import RunFolder
+from lrmil.training.stage1 import student_layers
 from lrmil.training.stage2 import trainable_pair
 
 
@@ -53,6 +55,20 @@ def require_own_folder(folder: RunFolder) -> None:
         )
 
 
+def _own_student(run: Run, encoder: Encoder, grey: npt.NDArray[np.uint8]) -> Encoder:
+    """See that a student of another architecture can be built, works, and can be taught."""
+    s = run.settings
+    student = run.build_student()
+    try:
+        check_token_grid(student.token_grid_side, s.grid.ratio)
+    except GridMismatch as error:
+        fix = "Choose another stage1.student.input_px, or token_px."
+        raise GridMismatch(f"stage1.student, {student.card.name}: {error.message}", fix=fix) from error
+    student_layers(s.stage1, encoder.depth, student.depth)
+    embed(student, grey, precision=s.encoder.precision)
+    return student
+
+
 def _is_of_a_run(folder: RunFolder) -> bool:
     """A run writes all of its settings, defaults too; a config written by hand hardly holds all of these sections."""
     try:
@@ -76,10 +92,13 @@ def require_fitting_parts(run: Run, encoder: Encoder) -> None:
     grey = np.full((1, s.grid.patch_px, s.grid.patch_px, 3), 128, np.uint8)
     embed(encoder, grey, cls_layers=layers, precision=s.encoder.precision)
     student_dim = encoder.embed_dim
-    if s.encoder.student_embedding not in (encoder.embedding, s.encoder.embedding):
+    if s.stage1.student is not None:
+        student_dim = _own_student(run, encoder, grey).embed_dim
+    elif s.encoder.student_embedding not in (encoder.embedding, s.encoder.embedding):
         # Another output may need weights that are not there.
         student_dim = run.build_encoder(student=True).embed_dim
-    if s.stage1.loss.lambda_attention_feature and student_dim != encoder.embed_dim:
+    mapped = s.stage1.student is not None
+    if s.stage1.loss.lambda_attention_feature and student_dim != encoder.embed_dim and not mapped:
         raise ConfigError(
             f"stage1.loss.lambda_attention_feature compares the student's embedding of {student_dim} numbers with the "
             f"teacher's of {encoder.embed_dim}.",

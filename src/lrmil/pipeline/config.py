@@ -179,6 +179,8 @@ def decisive_settings(settings: RunSettings, leave_out: Set[str]) -> dict[str, A
     if settings.cohort.kind == "classification":
         tree.get("cohort", {}).pop("kind", None)
         tree.pop("objective", None)
+    if settings.stage1.student is None:
+        tree.get("stage1", {}).pop("student", None)
     return tree
 
 
@@ -223,14 +225,22 @@ def parse_config(raw: dict[str, Any], source: str = "config", *, base: str | Pat
 
     folders = {"slides_dir": anchored_if(cohort.slides_dir), "features_dir": anchored_if(cohort.features_dir)}
     weights, clam_splits = anchored_if(encoder.weights), anchored_if(settings.folds.clam_splits)
-    # A saved encoder is named by its folder.
-    name = anchored(encoder.name) if is_saved_encoder(folder / Path(encoder.name).expanduser()) else encoder.name
+
+    def named(encoder: str) -> str:
+        """A saved encoder is named by its folder."""
+        return anchored(encoder) if is_saved_encoder(folder / Path(encoder).expanduser()) else encoder
+
+    stage1 = settings.stage1
+    if (student := stage1.student) is not None:
+        places = {"name": named(student.name), "weights": anchored_if(student.weights)}
+        stage1 = stage1.model_copy(update={"student": student.model_copy(update=places)})
     return settings.model_copy(
         update={
             "out": anchored(settings.out),
             "cohort": cohort.model_copy(update={"table": anchored(cohort.table), **folders}),
             "folds": settings.folds.model_copy(update={"clam_splits": clam_splits}),
-            "encoder": encoder.model_copy(update={"name": name, "weights": weights}),
+            "encoder": encoder.model_copy(update={"name": named(encoder.name), "weights": weights}),
+            "stage1": stage1,
         }
     )
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Self, TypedDict
+from typing import Any, Self, TypedDict
 
 import torch
 
 from lrmil.cohorts.table import Cohort
-from lrmil.encoders import Encoder, encoder_from_settings
-from lrmil.errors import NotASlide, SlideError
+from lrmil.encoders import Encoder, encoder_from_settings, shaped_encoder
+from lrmil.errors import EncoderError, NotASlide, SlideError
 from lrmil.inference.predict import pick_device
 from lrmil.inference.prepare import TileSettings
 from lrmil.pipeline.cohort import labelled_for_any
@@ -151,11 +151,26 @@ class Run:
         self.reporter.warn(failure.message)
 
     def build_encoder(self, *, student: bool = False) -> Encoder:
-        """Build the HR encoder, or a fresh student: the same weights, with the student's embedding."""
+        """Build the HR encoder; or, for the student's side, one of the same weights with the student's embedding."""
         chosen = self.settings.encoder
         if student:
             chosen = chosen.model_copy(update={"embedding": chosen.student_embedding})
         return encoder_from_settings(chosen, input_px=chosen.input_px or self.settings.grid.patch_px)
+
+    def build_student(self) -> Encoder:
+        """Build what the student encoder of every fold begins as."""
+        s = self.settings
+        if s.stage1.student is None:
+            return self.build_encoder(student=True)
+        try:
+            return shaped_encoder(s.stage1.student, s.grid.patch_px)
+        except EncoderError as error:
+            raise type(error)(f"stage1.student: {error.message}", fix=error.fix) from error
+
+    @cached_property
+    def own_student(self) -> dict[str, Any] | None:
+        """What the student encoder begins as, if it is another network than the HR encoder. Hashes its weights."""
+        return None if self.settings.stage1.student is None else self.build_student().describe()
 
     @cached_property
     def _entries(self) -> dict[str, SlideEntry]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lrmil.bags import software_versions
-from lrmil.encoders import Encoder
+from lrmil.encoders import Encoder, EncoderCard
 from lrmil.geometry import MatchedGrid
 from lrmil.inference.bundle import MANIFEST_FILE, BundleManifest, HeadSpec, TrainedOn, save_bundle
 from lrmil.pipeline.config import decisive_settings
@@ -62,7 +62,7 @@ def write_model(
         tiles=s.tiles,
         head=spec,
         encoder_origin=teacher.describe(),
-        licence_note=licence_note(teacher),
+        licence_note=licence_note(teacher, _began_as(run)),
         trained_on=TrainedOn(
             cohort=run.cohort.name,
             slides=len(learned),
@@ -90,18 +90,33 @@ def recipe(run: Run, encoder: Encoder) -> dict[str, Any]:
     config = decisive_settings(run.settings, {"cohort", "out", "device", "threads", "memory_gb", "deploy"})
     del config["encoder"]["weights"]
     config["encoder"]["name"] = encoder.card.name
+    if run.own_student is not None:
+        del config["stage1"]["student"]["weights"]
+        config["stage1"]["student"]["name"] = run.own_student["name"]
     return config
 
 
-def licence_note(encoder: Encoder) -> str:
-    """Say what may be done with a model that was distilled from `encoder`."""
-    card = encoder.card
+def licence_note(encoder: Encoder, began_as: EncoderCard | None = None) -> str:
+    """Say what may be done with a model that was distilled from `encoder`, and began as the weights of another card."""
+    notes = [f"distilled from {_terms(encoder.card)}"]
+    if began_as is not None:
+        notes.append(f"its encoder began as {_terms(began_as)}")
+    return " ".join(notes)
+
+
+def _terms(card: EncoderCard) -> str:
     terms = {
         True: "a model distilled from it may be passed on, with credit.",
         False: "its terms forbid passing on models derived from it, this one included.",
         None: "read its licence before passing this model on: an encoder distilled from it is a derivative.",
     }[card.share_derivatives]
-    return f"distilled from {card.title} ({card.licence}); {terms}"
+    return f"{card.title} ({card.licence}); {terms}"
+
+
+def _began_as(run: Run) -> EncoderCard | None:
+    """Return the card of the trained weights, other than the teacher's, that the student encoder began as."""
+    own = run.settings.stage1.student
+    return None if own is None or own.random_seed is not None else run.build_student().card
 
 
 def _median_risk(run: Run, split: Split, answers: Outputs) -> float | None:

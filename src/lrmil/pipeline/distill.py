@@ -19,6 +19,7 @@ from lrmil.pipeline.keys import bag_provenance, features_of, stage1_key, stage1_
 from lrmil.pipeline.pixels import RegionPixels
 from lrmil.pipeline.regions import CachedTargets, CohortRegions, LiveTargets, TargetSource
 from lrmil.pipeline.reporting import without_python_warnings
+from lrmil.training.alignment import TeacherShape
 from lrmil.training.loop import FitResult
 from lrmil.training.seeds import derive_seed
 from lrmil.training.stage1 import distil_encoder
@@ -34,6 +35,8 @@ def distil_fold(
 ) -> None:
     """Train the student encoder of one fold, unless it is there; then encode every slide's regions with it.
 
+    It begins as the teacher, or as `stage1.student` says. Maps between their widths are not kept.
+
     It is kept on disk alone, see `stored_student`: several large encoders at once would not fit a GPU.
     `teacher_outputs` are the HR head's, needed only with `lambda_attention_feature`; they are then of this fold too.
     """
@@ -44,7 +47,7 @@ def distil_fold(
         # Features of an older student must not outlive it.
         shutil.rmtree(_home(run, split) / "features", ignore_errors=True)
         # A new encoder for every fold: one that goes on from another fold has seen this fold's test patients.
-        student = run.build_encoder(student=True)
+        student = run.build_student()
         fit = _train(run, split, grids, pixels, teacher, student, teacher_outputs)
         save_encoder(student, step)
         write_json(
@@ -118,6 +121,7 @@ def _train(
             settings,
             ratio=run.settings.grid.ratio,
             seed=derive_seed(run.settings.seed, split.name, "stage1"),
+            teacher=None if settings.student is None else TeacherShape.of(teacher),
             device=run.device,
             on_epoch=on_epoch,
             on_step=on_step,

@@ -48,7 +48,11 @@ def bag_provenance(run: Run, entry: SlideEntry, features: dict[str, Any], mpp: f
 def stage1_key(run: Run, split: Split, teacher_encoder: Encoder) -> str:
     """Return what a fold's student encoder depends on. `targets` is left out: both kinds agree up to float16."""
     s = run.settings
-    parts = [features_of(run, teacher_encoder), s.encoder.student_embedding, s.stage1, s.seed, split.name]
+    stage1 = s.stage1.model_dump(mode="json", exclude={"student"})
+    parts: list[Any] = [features_of(run, teacher_encoder), s.encoder.student_embedding, stage1, s.seed, split.name]
+    if s.stage1.student is not None:
+        # What it begins as says more than its name, and does not change when a weight file is moved.
+        parts += [run.own_student, s.stage1.student.layer_pairs]
     if s.stage1.loss.lambda_attention_feature:
         parts.append(label_head_key(run, split, teacher_encoder, "teacher"))
     pictures = {part: {s: tile_key(run, run.entry(s)) for s in stage1_slides(run, split, part)} for part in _LEARNED}

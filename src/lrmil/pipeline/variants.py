@@ -102,6 +102,10 @@ def ablation_plan(settings: RunSettings) -> Plan:
         for row in rows
     )
     notes = [f"L_{term} is off in every row, since student.loss.lambda_{term} is 0." for term in absent]
+    if settings.stage1.student is not None:
+        notes.append(
+            "Rows without L_patch look at 5x with the frozen HR encoder, the others with a student of its own."
+        )
     return Plan("ablation", "Losses", variants, variants[-1], notes=tuple(notes))
 
 
@@ -171,11 +175,18 @@ def _layers_plan(settings: RunSettings, depth: int, values: Sequence[Any] | None
         Variant(
             f"layers_{'-'.join(map(str, s))}",
             f"blocks {', '.join(map(str, s))}",
-            {} if s == own else {"stage1": {"loss": {"layers": list(s)}}},
+            {} if s == own else _layers(settings, s),
         )
         for s in sets
     )
     return Plan("layers", "Distilled blocks, from 0", variants, variants[0])
+
+
+def _layers(settings: RunSettings, layers: Sequence[int]) -> dict[str, Any]:
+    """Pairs of blocks that a config names for its own layers are of no use to others."""
+    loss = {"loss": {"layers": list(layers)}}
+    paired = settings.stage1.student is not None and settings.stage1.student.layer_pairs
+    return {"stage1": loss | {"student": {"layer_pairs": []}} if paired else loss}
 
 
 def _aggregation_plan(settings: RunSettings, depth: int, values: Sequence[Any] | None) -> Plan:

@@ -2,6 +2,9 @@
 
 The student starts from the teacher's weights and looks at LR regions; its targets are the CLS tokens of the regions'
 children. It is trained in place: give a fresh one for every fold, and regions of that fold's training patients only.
+
+It may be another network, narrower or shallower. Where the widths differ, a linear map for each distilled layer, begun
+by least squares and trained along, compares the two; it is thrown away afterwards.
 """
 
 from __future__ import annotations
@@ -20,21 +23,37 @@ from torch import Tensor
 from lrmil.distill import (
     Stage1LossSettings,
     attention_feature_loss,
+    map_layers,
     patch_distillation_loss,
-    resolve_layers,
+    pool_token_blocks,
 )
+from lrmil.encoders.settings import ShapedEncoderSettings
 from lrmil.errors import ConfigError, TrainingError
 from lrmil.geometry import IntArray, check_token_grid
+from lrmil.training.alignment import Alignment, TeacherShape
 from lrmil.training.loop import FitResult, LoopSettings, OnEpoch, OnStep, Validation, fit, run_epoch
 
 if TYPE_CHECKING:
-    from lrmil.encoders import Encoder
+    from lrmil.encoders import Encoder, EncoderOutput
+
+_BEGIN_WITH = 256  # regions that maps to the teacher's width are fitted to before training
+
+
+class OwnStudentSettings(ShapedEncoderSettings):
+    """A student that is another network than the teacher, as a rule a smaller one."""
+
+    layer_pairs: tuple[tuple[int, int], ...] = Field(
+        (), description="[teacher's block, student's block] that go together; others by their relative depth"
+    )
 
 
 class Stage1Settings(LoopSettings):
     """How the student encoder is trained."""
 
     loss: Stage1LossSettings = Stage1LossSettings()
+    student: OwnStudentSettings | None = Field(
+        None, description="what the student encoder begins as; null: the HR encoder, with its weights"
+    )
     batch_size: int = Field(32, ge=1, description="regions a step")
     micro_batch: int | None = Field(
         None, ge=1, description="regions at a time within a step, same result; smaller takes less memory"
@@ -84,14 +103,16 @@ def distil_encoder(
     *,
     ratio: int,
     seed: int,
+    teacher: TeacherShape | None = None,
     device: torch.device | str = "cpu",
     on_epoch: OnEpoch | None = None,
     on_step: OnStep | None = None,
 ) -> FitResult:
     """Train all parameters of `student` by Eq. (2); the epoch of the lowest validation loss is kept.
 
-    Each epoch's record holds train_loss and val_loss, train_layer<l> and val_layer<l> for every distilled block, with
-    `lambda_attention_feature` also *_attention_feature, and the seconds spent loading, in steps and in validation.
+    Each epoch's record holds train_loss and val_loss, train_layer<l> and val_layer<l> for every distilled block l of
+    the teacher, with `lambda_attention_feature` also *_attention_feature, and the seconds spent loading, in steps and
+    in validation.
 
     Args:
         student: changed in place; afterwards on `device`, in eval mode, with the best epoch's weights.
@@ -100,6 +121,7 @@ def distil_encoder(
         settings: see there.
         ratio: children along one side of a region.
         seed: of order and augmentation.
+        teacher: of a student of another architecture, the sizes of its teacher.
         device: where to train.
         on_epoch: called with each epoch's record.
         on_step: called after each step of an epoch with (regions done, regions in all).
@@ -116,13 +138,14 @@ def distil_encoder(
                 fix="Stage 1 needs slides that reach hr_mpp in the training and in the validation split.",
             )
     check_token_grid(student.token_grid_side, ratio)
-    layers = resolve_layers(settings.loss.layers, student.depth)
+    layers = student_layers(settings, teacher.depth if teacher else student.depth, student.depth)
     device = torch.device(device)
-    notes = _idle_blocks(layers, student.depth, settings)
+    notes = _idle_blocks(set(layers.values()), student.depth, settings)
     student.to(device)
-    step = _Step(student, layers, settings, ratio, device)
+    step = _Step(student, layers, settings, ratio, device, teacher)
+    step.begin(train)
     optimizer = torch.optim.Adam(
-        [p for p in student.parameters() if p.requires_grad],
+        [p for p in (*student.parameters(), *step.alignment.parameters()) if p.requires_grad],
         lr=settings.learning_rate,
         weight_decay=settings.weight_decay,
     )
@@ -172,15 +195,46 @@ class _Step:
     """Forward, loss and backward of one batch."""
 
     def __init__(
-        self, student: Encoder, layers: tuple[int, ...], settings: Stage1Settings, ratio: int, device: torch.device
+        self,
+        student: Encoder,
+        layers: Mapping[int, int],
+        settings: Stage1Settings,
+        ratio: int,
+        device: torch.device,
+        teacher: TeacherShape | None = None,
     ) -> None:
         self.student = student
         self.layers = layers
+        """{block of the teacher: block of the student}"""
+        self.extra = bool(settings.loss.lambda_attention_feature)
+        self.alignment = Alignment()
+        if teacher:
+            self.alignment = Alignment.between(student, teacher, layers, with_embedding=self.extra).to(device)
         self.settings = settings
         self.ratio = ratio
         self.device = device
         wanted = settings.precision
         self.bfloat16 = wanted == "bfloat16" or (wanted == "auto" and device.type == "cuda")
+
+    def begin(self, regions: RegionBatches) -> None:
+        """Fit the maps to the teacher's width by least squares, to what the untrained student says about regions."""
+        if not self.alignment.is_needed:
+            return
+        chosen = np.unique(np.linspace(0, len(regions) - 1, min(len(regions), _BEGIN_WITH)).round().astype(np.int64))
+        seen: list[tuple[dict[int, Tensor], Tensor | None]] = []
+        told: list[tuple[dict[int, Tensor], Tensor | None]] = []
+        self.student.eval()
+        with torch.inference_mode():
+            for start in range(0, len(chosen), self.settings.batch_size):
+                for part, _ in self._parts(regions.batch(chosen[start : start + self.settings.batch_size])):
+                    output, region, slot = self._output(part), self._tensor(part.region), self._tensor(part.slot)
+                    pooled = {
+                        own: pool_token_blocks(output.tokens[learner].float(), self.ratio)[region, slot]
+                        for own, learner in self.layers.items()
+                    }
+                    seen.append((pooled, output.embedding[region] if self.extra else None))
+                    told.append(self._targets(part))
+        self.alignment.fit(seen, told)
 
     def learn(self, batch: RegionBatch) -> dict[str, Tensor]:
         """Add the gradients of a batch; return its detached loss terms."""
@@ -202,7 +256,7 @@ class _Step:
 
     def _parts(self, batch: RegionBatch) -> Iterator[tuple[RegionBatch, float]]:
         """Cut a batch into micro batches, each with its share of the regions that have children."""
-        _check(batch, self.layers, self.ratio)
+        _check(batch, tuple(self.layers), self.ratio)
         size, regions = self.settings.micro_batch or len(batch.images), len(batch.images)
         if size >= regions:
             yield batch, 1.0
@@ -223,36 +277,47 @@ class _Step:
     def _terms(self, batch: RegionBatch) -> dict[str, Tensor]:
         loss = self.settings.loss
         region = self._tensor(batch.region)
-        images = self.student.normalise(self._tensor(batch.images))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            # Without the extra loss nobody looks at the embedding, nor at the blocks above the last distilled one.
-            wanted = bool(loss.lambda_attention_feature)
-            output = self.student(images, token_layers=self.layers, with_embedding=wanted)
+        output = self._output(batch)
+        targets, embedding = self._targets(batch)
         patch = patch_distillation_loss(
-            output.tokens,
-            {layer: self._tensor(batch.teacher_cls[layer]) for layer in self.layers},
+            {own: output.tokens[learner] for own, learner in self.layers.items()},
+            targets,
             region,
             self._tensor(batch.slot),
             ratio=self.ratio,
             layer_aggregation=loss.layer_aggregation,
             layer_norm_targets=loss.layer_norm_targets,
+            projections=self.alignment.of_layers,
         )
         total = patch.total
         terms = {f"layer{layer}": value for layer, value in patch.per_layer.items()}
-        if loss.lambda_attention_feature:
-            if batch.teacher_embedding is None or batch.teacher_attention is None:
-                raise TrainingError(
-                    "lambda_attention_feature is on, but the regions lack the teacher's embedding or attention.",
-                    fix="Train the teacher head first (stage 2.1), or set lambda_attention_feature to 0.",
-                )
+        if embedding is not None and batch.teacher_attention is not None:
             terms["attention_feature"] = attention_feature_loss(
-                output.embedding,
-                self._tensor(batch.teacher_embedding),
+                self.alignment.of_embedding(output.embedding.float()),
+                embedding,
                 self._tensor(batch.teacher_attention),
                 region,
             )
             total = total + loss.lambda_attention_feature * terms["attention_feature"]
         return {"loss": total, **terms}
+
+    def _output(self, batch: RegionBatch) -> EncoderOutput:
+        images = self.student.normalise(self._tensor(batch.images))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            # Without the extra loss nobody looks at the embedding, nor at the blocks above the last distilled one.
+            return self.student(images, token_layers=tuple(set(self.layers.values())), with_embedding=self.extra)
+
+    def _targets(self, batch: RegionBatch) -> tuple[dict[int, Tensor], Tensor | None]:
+        """Return the class tokens of the children, and their embeddings where the extra loss needs them."""
+        cls = {layer: self._tensor(batch.teacher_cls[layer]) for layer in self.layers}
+        if not self.extra:
+            return cls, None
+        if batch.teacher_embedding is None or batch.teacher_attention is None:
+            raise TrainingError(
+                "lambda_attention_feature is on, but the regions lack the teacher's embedding or attention.",
+                fix="Train the teacher head first (stage 2.1), or set lambda_attention_feature to 0.",
+            )
+        return cls, self._tensor(batch.teacher_embedding)
 
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(self.device, non_blocking=True)
@@ -290,7 +355,26 @@ def _turn(array: npt.NDArray[Any], symmetry: int, axes: tuple[int, int]) -> npt.
     return np.flip(turned, axis=axes[1]) if symmetry >= 4 else turned
 
 
-def _idle_blocks(layers: tuple[int, ...], depth: int, settings: Stage1Settings) -> tuple[str, ...]:
+def student_layers(settings: Stage1Settings, depth: int, student_depth: int) -> dict[int, int]:
+    """Return {block of the teacher: block of the student}; see `map_layers`.
+
+    Raises:
+        ConfigError: there is no such block, or blocks that began at random would stay so.
+    """
+    own = settings.student
+    layers = map_layers(settings.loss.layers, depth, student_depth, own.layer_pairs if own else ())
+    last = max(layers.values())
+    taught = last == student_depth - 1 or settings.loss.lambda_attention_feature
+    if own and own.random_seed is not None and not taught:
+        raise ConfigError(
+            f"stage1: blocks {list(layers)} of the teacher teach blocks {sorted(set(layers.values()))} of the student, "
+            f"whose blocks above {last} would stay random.",
+            fix="Add -1 to stage1.loss.layers, or pair a block with the student's last in stage1.student.layer_pairs.",
+        )
+    return layers
+
+
+def _idle_blocks(layers: set[int], depth: int, settings: Stage1Settings) -> tuple[str, ...]:
     """Warn of blocks that Eq. (2) cannot train, as happens with layers 0, 1, 10 of 12."""
     last = max(layers)
     if last == depth - 1 or settings.loss.lambda_attention_feature:
@@ -298,7 +382,7 @@ def _idle_blocks(layers: tuple[int, ...], depth: int, settings: Stage1Settings) 
     idle = f"block {depth - 1}" if last == depth - 2 else f"blocks {last + 1} to {depth - 1}"
     note = (
         f"the last distilled block is {last} of 0 to {depth - 1}: {idle} and the final norm get no gradient from the "
-        f"patch loss and keep the teacher's weights"
+        f"patch loss and keep the weights that they began with"
     )
     warnings.warn(note, UserWarning, stacklevel=3)
     return (note,)
