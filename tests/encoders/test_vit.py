@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrmil.encoders import Encoder, EncoderCard, create_encoder, resolve_card
-from lrmil.encoders.vit import build_trunk
+from lrmil.encoders import Encoder, EncoderCard, create_encoder, resolve_card, vit
+from lrmil.encoders.vit import build_trunk, hash_tensors
 from lrmil.errors import EncoderError, GridMismatch, UnknownEncoder
 
 REGISTERS = {"reg_tokens": 4, "init_values": 1e-5}
@@ -233,6 +233,31 @@ def test_weights_sha256_follows_the_weights(tiny: Callable[..., Encoder], normal
         before = after
     encoder.load_state_dict(tiny(seed=9).state_dict())
     assert encoder.weights_sha256 == tiny(seed=9).weights_sha256
+
+
+def test_weights_are_hashed_once_until_one_is_written_to(
+    tiny: Callable[..., Encoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[int] = []
+
+    def counting(state: Any) -> str:
+        hashed.append(1)
+        return hash_tensors(state)
+
+    monkeypatch.setattr(vit, "hash_tensors", counting)
+    encoder = tiny()
+    assert encoder.weights_sha256 == encoder.describe()["weights_sha256"] == hash_tensors(encoder.state_dict())
+    assert len(hashed) == 1
+    # One number, the second: no sample need hold it.
+    with torch.no_grad():
+        encoder.trunk.blocks[0].mlp.fc1.weight[0, 1] += 1
+    assert encoder.weights_sha256 == hash_tensors(encoder.state_dict())
+    assert len(hashed) == 2
+    # A write past PyTorch's account of writes, as fused optimisers make them.
+    encoder.trunk.blocks[0].mlp.fc1.weight.data.mul_(2)
+    assert encoder.weights_sha256 == hash_tensors(encoder.state_dict())
+    assert len(hashed) == 3
+    assert copy.deepcopy(encoder).weights_sha256 == encoder.weights_sha256
 
 
 def test_a_copy_is_a_student_of_its_own(tiny: Callable[..., Encoder]) -> None:
