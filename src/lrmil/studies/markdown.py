@@ -19,7 +19,7 @@ def study_page(
     parts = []
     for target in settings.targets:
         lines = [
-            "| embedding of a region | output | R² | gain over 5x, not distilled | share of 20x - 5x recovered | runs |",
+            "| embedding of a region | output | R² | gain over 5x, not distilled | recovered of 20x - 5x | runs |",
             "|---|---|---:|---:|---:|---:|",
         ]
         for row in results[results["target"] == target].to_dict("records"):

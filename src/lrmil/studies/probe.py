@@ -97,7 +97,7 @@ class ProbeStudy:
         return cls(settings, reporter, folder, fields, encoder, teacher, splits, key)
 
     def cells(self) -> Iterator[Cell]:
-        """All cells, in the order in which they are done: all folds of one recipe first, then more recipes and seeds."""
+        """All cells, in the order in which they are done: one recipe in all folds, then more recipes, seeds."""
         s = self.settings
         folds = range(s.num_folds)
         yield from (Cell("reference", fold, s.seeds[0]) for fold in folds)

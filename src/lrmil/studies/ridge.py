@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
@@ -32,7 +31,8 @@ def ridge_probe(
     """Fit on the training rows that have a truth, answer for all test rows.
 
     Features are standardised on the training rows; alpha is the best of `ALPHAS` by squared error in a cross-validation
-    within them that keeps groups together.
+    within them that keeps groups together. The same as scikit-learn's RidgeCV with those folds, which decomposes the
+    features anew for every alpha.
 
     Args:
         train: (m, E).
@@ -48,7 +48,19 @@ def ridge_probe(
     if folds < 2:
         raise TrainingError("a probe needs at least two groups with a truth.", fix="Use more fields.")
     scale = StandardScaler().fit(np.asarray(train[known], np.float64))
-    features = scale.transform(np.asarray(train[known], np.float64))
-    inner = list(GroupKFold(folds).split(features, truth[known], groups[known]))
-    ridge = RidgeCV(ALPHAS, cv=inner, scoring="neg_mean_squared_error").fit(features, truth[known])
-    return RidgeAnswer(ridge.predict(scale.transform(np.asarray(test, np.float64))), float(ridge.alpha_))
+    features, wanted = scale.transform(np.asarray(train[known], np.float64)), truth[known]
+    errors = np.zeros(len(ALPHAS))
+    for inside, outside in GroupKFold(folds).split(features, wanted, groups[known]):
+        said = _ridge(features[inside], wanted[inside], features[outside], ALPHAS)
+        errors += ((said - wanted[outside]) ** 2).mean(axis=1)
+    alpha = float(ALPHAS[errors.argmin()])
+    asked: FloatArray = scale.transform(np.asarray(test, np.float64))
+    return RidgeAnswer(_ridge(features, wanted, asked, np.array([alpha]))[0], alpha)
+
+
+def _ridge(train: FloatArray, truth: FloatArray, test: FloatArray, alphas: FloatArray) -> FloatArray:
+    """(A, n) answers of ridge regression with an intercept, from one decomposition for all alphas."""
+    centre, level = train.mean(axis=0), truth.mean()
+    u, size, vt = np.linalg.svd(train - centre, full_matrices=False)
+    shrunk = size / (size**2 + alphas[:, None]) * (u.T @ (truth - level))
+    return shrunk @ (vt @ (test - centre).T) + level

@@ -1,0 +1,143 @@
+"""A whole study in small: every arm, resumed, changed, published; and the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from tests.studies.conftest import PATCH_PX, RATIO, TINY
+from typer.testing import CliRunner
+
+from lrmil.cli.app import app
+from lrmil.errors import ConfigError
+from lrmil.pipeline.reporting import Reporter
+from lrmil.studies.probe import Cell, ProbeStudy
+from lrmil.studies.run import run_probe
+from lrmil.studies.settings import ProbeSettings, load_study
+
+CONFIG = f"""
+fields: {{crchisto: tissue}}
+encoder: {{name: {TINY}, random_seed: 1}}
+patch_px: {PATCH_PX}
+ratio: {RATIO}
+targets: [inflammatory_share, log_count]
+num_folds: 3
+train_views: 8
+val_views: 4
+resamples: 100
+recipes:
+  - {{name: paper, layers: [0, 1], epochs: 1}}
+  - {{name: foreign, layers: [], epochs: 1, children: foreign}}
+ceiling: {{epochs: 1}}
+"""
+ARMS = {"hr", "lr", "random", "colour", "paper", "foreign", "ceiling"}
+
+
+@pytest.fixture(scope="module")
+def settings(tissue: Path, tmp_path_factory: pytest.TempPathFactory) -> ProbeSettings:
+    folder = tmp_path_factory.mktemp("studies")
+    (folder / "small.yaml").write_text(CONFIG)
+    return load_study(folder / "small.yaml", [f"fields.crchisto={tissue}"])
+
+
+@pytest.fixture(scope="module")
+def finished(settings: ProbeSettings) -> list[Path]:
+    return run_probe(settings, Reporter(quiet=True))
+
+
+def test_every_arm_answers_every_target_in_every_fold(settings: ProbeSettings, finished: list[Path]) -> None:
+    assert settings.out is not None
+    assert Path(settings.out).name == "small"
+    assert Path(settings.out).parent.name == "out"
+    cells = pd.read_csv(next(p for p in finished if p.name == "small_cells.csv"))
+    assert set(cells["arm"]) == ARMS
+    assert (cells.groupby(["arm", "embedding", "target"])["fold"].nunique() == 3).all()
+    paper = cells[cells["arm"] == "paper"]
+    assert np.isfinite(paper[["train_layer0", "val_layer1", "retrieval_layer1", "r2"]].to_numpy()).all()
+    results = pd.read_csv(next(p for p in finished if p.name == "small_results.csv"))
+    assert set(results["embedding"]) == {"cls", "token_mean", "both", "direct", "histogram"}
+    assert all(path.is_file() for path in finished)
+    assert {p.suffix for p in finished} == {".csv", ".json", ".md", ".png"}
+
+
+def test_no_image_is_on_both_sides(settings: ProbeSettings, finished: list[Path]) -> None:
+    study = ProbeStudy.begin(settings, Reporter(quiet=True))
+    seen = []
+    for fold in range(3):
+        parts = {p: {study.fields[i].group for i in study._fields_of(fold, p)} for p in ("train", "val", "test")}
+        assert len(set.union(*parts.values())) == sum(map(len, parts.values())) == 12
+        told = study.taught(0, fold, "train", settings.train_views)
+        assert {study.fields[i].group for i in told.field} <= parts["train"]
+        seen += sorted(parts["test"])
+        stored = study.stored(Cell("reference", fold, 0))
+        assert stored is not None
+        assert {study.groups[view] for view in stored["views"]} == parts["test"]
+    assert len(seen) == len(set(seen)) == 12
+
+
+def test_a_finished_cell_is_never_done_again(
+    settings: ProbeSettings, finished: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done: list[str] = []
+    real = ProbeStudy.do
+
+    def counted(self: ProbeStudy, cell: Cell) -> dict[str, Any]:
+        done.append(cell.path)
+        return real(self, cell)
+
+    monkeypatch.setattr(ProbeStudy, "do", counted)
+    published = run_probe(settings, Reporter(quiet=True), publish=tmp_path / "docs")
+    assert done == []
+    assert {p.name for p in published} == {p.name for p in finished}
+    assert all(p.parent == tmp_path / "docs" for p in published)
+    assert settings.out is not None
+    (Path(settings.out) / "cells" / "paper" / "seed0_fold1.json").unlink()
+    run_probe(settings, Reporter(quiet=True))
+    assert done == ["paper/seed0_fold1.json"]
+    done.clear()
+    longer = settings.recipes[1].model_copy(update={"learning_rate": 2e-4})
+    changed = settings.model_copy(update={"recipes": (settings.recipes[0], longer)})
+    run_probe(changed, Reporter(quiet=True))
+    assert done == [f"foreign/seed0_fold{fold}.json" for fold in range(3)], "only what depends on the change"
+
+
+def test_the_command_shows_what_is_finished_and_trains_nothing(
+    settings: ProbeSettings, finished: list[Path], tissue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "small.yaml"
+    config.write_text(CONFIG)
+    monkeypatch.setattr(ProbeStudy, "do", lambda *_: pytest.fail("a cell was done"))
+    call = ["study", "probe", str(config), "--set", f"fields.crchisto={tissue}", "--no-train", "--quiet"]
+    result = CliRunner().invoke(app, [*call, "--set", f"out={settings.out}"])
+    assert result.exit_code == 0, result.output
+    assert "small_table.md" in result.output
+    result = CliRunner().invoke(app, [*call, "--set", f"out={tmp_path / 'new'}"])
+    assert isinstance(result.exception, ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("fields.simulated={}", "either crchisto or simulated"),
+        ("encoder.embedding=cls", "both probed"),
+        ("recipes=[{name: reference}]", "names of their own"),
+        ("recipes=[{name: a, children: lost}]", "children"),
+        ("patch=3", "patch"),
+    ],
+)
+def test_impossible_studies_are_refused(tmp_path: Path, change: str, problem: str) -> None:
+    (tmp_path / "s.yaml").write_text(CONFIG)
+    with pytest.raises(ConfigError, match=problem):
+        load_study(tmp_path / "s.yaml", [change])
+
+
+def test_the_committed_configs_are_valid() -> None:
+    folder = Path(__file__).resolve().parents[2] / "evidence"
+    found = [load_study(path) for path in sorted(folder.glob("probe-*.yaml"))]
+    assert len(found) >= 2
+    for study in found:
+        assert study.recipes[0].layers == (0, 1, 11), "the paper's recipe comes first"
+        assert {"own", "transposed", "shuffled", "foreign"} == {r.children for r in study.recipes}
