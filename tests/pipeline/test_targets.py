@@ -148,7 +148,7 @@ def test_the_colour_histogram_is_that_of_numpy() -> None:
 
 def test_teachers_that_stage_1_had_trained_are_not_announced_again() -> None:
     told = io.StringIO()
-    run: Any = SimpleNamespace(reporter=Reporter(stream=told))
+    run: Any = SimpleNamespace(settings=None, reporter=Reporter(stream=told))
     fold: Any = SimpleNamespace(name="0")
     study = Study(run, None, folds=[fold], teacher_answers={"0": {}})  # type: ignore[arg-type]
     study.do("teacher")
