@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
+from lrmil.pipeline.cohort import settings_cohort
 from lrmil.pipeline.config import load_config, parse_config
 from lrmil.pipeline.demo import CONFIG
 from lrmil.pipeline.folder import RunFolder
@@ -50,6 +52,33 @@ def test_simulate_again_makes_nothing_again(call: Any, study: Any) -> None:
 def test_simulate_refuses_what_it_does_not_know(call: Any, tmp_path: Path, words: list[str], message: str) -> None:
     assert message in call("simulate", tmp_path / "c", *words).refused()
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("kind", ["regression", "survival"])
+def test_init_writes_a_config_for_a_number_and_for_survival(call: Any, study: Any, tmp_path: Path, kind: str) -> None:
+    rows = pd.read_csv(study.cohort).drop(columns="label")
+    rows["path"] = [str((study.cohort.parent / path).resolve()) for path in rows["path"]]
+    patient = rows["patient_id"].astype("category").cat.codes
+    rows["ki67"], rows["months"], rows["dead: seen"] = 0.1 * patient, 3.0 + patient, np.ones(len(rows), int)
+    rows.to_csv(tmp_path / "cohort.csv", index=False)
+    asked = {"regression": ("--task", "ki67"), "survival": ("--time", "months", "--event", "dead: seen")}[kind]
+    config = tmp_path / "config.yaml"
+    made = ("init", tmp_path / "cohort.csv", "--config", config, "--encoder", "lrmil-small", "--kind", kind, *asked)
+    assert call(*made).code == 0
+    settings = load_config(config)
+    assert (settings.cohort.kind, settings.cohort.classes) == (kind, None)
+    cohort = settings_cohort(settings)
+    target = cohort.target_of(str(rows["slide_id"][0]))
+    if kind == "regression":
+        assert settings.cohort.task == "ki67"
+        assert target == pytest.approx(0.1 * patient[0])
+    else:
+        assert settings.cohort.task == "survival"
+        assert list(np.asarray(target)) == [3.0 + patient[0], 1.0]
+    # The table has no labels, and says so before anything is written.
+    wrong = call("init", tmp_path / "cohort.csv", "--config", tmp_path / "other.yaml", "--encoder", "lrmil-small")
+    assert "label" in wrong.refused()
+    assert not (tmp_path / "other.yaml").exists()
 
 
 def test_init_writes_a_config_that_loads(study: Any) -> None:

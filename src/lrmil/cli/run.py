@@ -60,13 +60,26 @@ def init(
     cohort: Annotated[Path, typer.Argument(help="CSV with slide_id, patient_id, a label column and path.")],
     config: Annotated[Path, typer.Option(help="Config to write.")] = Path("config.yaml"),
     encoder: Annotated[str, typer.Option(help="See `lrmil encoders`.")] = "conch_v1",
-    task: Annotated[str, typer.Option(help="The label column.")] = "label",
+    kind: Annotated[
+        Literal["classification", "regression", "survival"],
+        typer.Option(help="What is asked: a class, a number, or survival."),
+    ] = "classification",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the labels or numbers, by default label; for survival any name.", show_default=False
+        ),
+    ] = None,
+    time: Annotated[str, typer.Option(help="Survival: column of the time until the event or last follow-up.")] = "time",
+    event: Annotated[str, typer.Option(help="Survival: column that says whether the event was seen.")] = "event",
     out: Annotated[str, typer.Option(help="Output folder of the run.")] = "runs/first",
 ) -> None:
     """Check a cohort table and write a commented config for it."""
     from lrmil.pipeline.starter import write_starter
 
-    for line in write_starter(cohort, config, encoder=encoder, task=task, out=out):
+    task = task or ("survival" if kind == "survival" else "label")
+    lines = write_starter(cohort, config, encoder=encoder, task=task, out=out, kind=kind, time=time, event=event)
+    for line in lines:
         print(line)
     print(f"wrote {config}; next: lrmil run {config}")
 

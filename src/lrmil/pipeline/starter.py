@@ -10,6 +10,7 @@ from lrmil.cohorts.table import load_cohort
 from lrmil.encoders import EncoderCard, resolve_card
 from lrmil.errors import ConfigError
 from lrmil.files import write_text
+from lrmil.tasks import TaskKind
 
 RATIO = 4
 """lr_mpp / hr_mpp of the template"""
@@ -20,8 +21,7 @@ TEMPLATE = """\
 cohort:
   table: {cohort}
   task: {task}
-  classes: {classes}  # in the order of the outputs
-out: {out}
+{asked}out: {out}
 
 grid:
   patch_px: {patch_px}  # side of a patch at both scales
@@ -47,15 +47,51 @@ student:  # the 5x head
   patience: 20
   loss: {{lambda_bag: 1.0, lambda_soft: 1.0, lambda_hard: 1.0, hard_k: 4}}
 
-folds: {{num_folds: 5, seed: 0}}
+{objective}folds: {{num_folds: 5, seed: 0}}
 seed: 0
 device: auto
 threads: 4  # reader threads
 """
+ASKED: dict[TaskKind, str] = {
+    "classification": """\
+  classes: {classes}  # in the order of the outputs
+""",
+    "regression": """\
+  kind: regression  # the column holds a number
+""",
+    "survival": """\
+  kind: survival
+  time: {time}  # column: until the event, or the end of observation
+  event: {event}  # column: 1, true, dead: seen; 0, false, alive: not
+""",
+}
+OBJECTIVE = """\
+objective: {survival: hazards, intervals: 4}  # or {survival: cox, cox_bags: 32}
+"""
 
 
-def write_starter(cohort: Path, config: Path, *, encoder: str, task: str, out: str) -> list[str]:
+def write_starter(
+    cohort: Path,
+    config: Path,
+    *,
+    encoder: str,
+    task: str,
+    out: str,
+    kind: TaskKind = "classification",
+    time: str = "time",
+    event: str = "event",
+) -> list[str]:
     """Check a cohort and write `config` for it; return lines that describe what was found.
+
+    Args:
+        cohort: the table.
+        config: file to write.
+        encoder: see `lrmil encoders`.
+        task: column of the label or number; for survival any name.
+        out: output folder of the run.
+        kind: of the task.
+        time: survival: column of the time.
+        event: survival: column that says whether the event was seen.
 
     Raises:
         ConfigError: `config` exists already.
@@ -65,12 +101,13 @@ def write_starter(cohort: Path, config: Path, *, encoder: str, task: str, out: s
     if config.exists():
         raise ConfigError(f"{config} exists.", fix="Name another file with --config.")
     card = resolve_card(encoder)
-    found = load_cohort(cohort, task=task)
+    found = load_cohort(cohort, task=task, kind=kind, time=time, event=event)
     text = TEMPLATE.format(
         config=config,
         cohort=_yaml(str(cohort.resolve())),
         task=_yaml(task),
-        classes=_yaml(list(found.classes)),
+        asked=ASKED[kind].format(classes=_yaml(list(found.classes)), time=_yaml(time), event=_yaml(event)),
+        objective=OBJECTIVE if kind == "survival" else "",
         out=_yaml(out),
         patch_px=_patch_px(card),
         encoder=_yaml(card.name),
