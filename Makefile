@@ -1,5 +1,5 @@
 # Two commands do all the set-up: `make demo` shows the whole method, `make test` runs the tests.
-# Both make a virtual environment in .venv first (about three minutes, most of it PyTorch).
+# Both make a virtual environment in .venv first (a few minutes, most of it the download of PyTorch).
 
 PYTHON ?= python3
 VENV := .venv
