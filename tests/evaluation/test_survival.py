@@ -12,7 +12,13 @@ from scipy import stats
 from lrmil.errors import ConfigError
 from lrmil.evaluation import Values
 from lrmil.evaluation.survival import censoring_curve, kaplan_meier, log_rank, median_follow_up, risk_groups
-from lrmil.evaluation.survival_metrics import brier_curve, integrated_brier, uno_c_index, weighted_c_index
+from lrmil.evaluation.survival_metrics import (
+    brier_curve,
+    censoring_scores,
+    integrated_brier,
+    uno_c_index,
+    weighted_c_index,
+)
 
 SimulateValues = Callable[..., Values]
 Floats = npt.NDArray[np.float64]
@@ -207,6 +213,19 @@ def test_brier_without_censoring_is_the_mean_squared_error() -> None:
     assert integrated_brier(targets, survival, times, targets) == pytest.approx(area)
     perfect = (targets[:, :1] > times).astype(float)
     assert integrated_brier(targets, perfect, times, targets) == 0
+
+
+def test_scores_that_need_the_training_split_s_censoring() -> None:
+    train = np.stack([TIME + 1, EVENT], axis=1)
+    times = (10.0, 20.0, 25.0)
+    survival = np.sort(np.random.default_rng(0).uniform(size=(16, 3)), axis=1)[:, ::-1]
+    both = censoring_scores(CASE, RISK, train, survival, times)
+    assert both["uno_c"] == uno_c_index(CASE, RISK, train)[0]
+    assert both["ibs"] == integrated_brier(CASE, survival, np.array(times), train)
+    assert np.isfinite(list(both.values())).all()
+    alone = censoring_scores(CASE, RISK, train)
+    assert alone["uno_c"] == both["uno_c"]
+    assert np.isnan(alone["ibs"])
 
 
 def test_brier_weighs_for_censoring_by_hand() -> None:

@@ -13,6 +13,7 @@ from lrmil.evaluation import (
     Cost,
     Predictions,
     TextTable,
+    Values,
     compare_methods,
     fold_scores,
     read_results,
@@ -211,3 +212,37 @@ def test_differences_table_prints_signs_and_small_p_values(simulate: Simulate) -
 )
 def test_three_digits(value: float, text: str) -> None:
     assert three_digits(value) == text
+
+
+def test_survival_has_columns_that_weigh_by_censoring(simulate_values: Callable[..., Values], tmp_path: Path) -> None:
+    nan = float("nan")
+    cells = {
+        "LRMIL": {(0, 0): (0.7, 0.1), (0, 1): (0.9, 0.2), (1, 0): (0.6, nan), (1, 1): (0.6, nan)},
+        "ABMIL": {(0, 0): (0.5, nan), (0, 1): (0.5, nan), (1, 0): (0.6, nan), (1, 1): (0.6, nan)},
+        "Constant risk": {},
+    }
+    rows = [
+        result_row(
+            simulate_values(np.random.default_rng(0), "survival", folds=2, seeds=2),
+            dataset="d",
+            task="t",
+            method=method,
+            group="Ours",
+            seed=0,
+            resamples=20,
+            censoring={cell: {"uno_c": uno, "ibs": ibs} for cell, (uno, ibs) in own.items()},
+        )
+        for method, own in cells.items()
+    ]
+    write_results(tmp_path / "r.csv", results_frame(rows))
+    results = read_results(tmp_path / "r.csv").set_index("method")
+    # Seeds first, then folds; the fold without a score does not count as 0.
+    assert results.loc["LRMIL", "uno_c"] == pytest.approx((0.8 + 0.6) / 2)
+    assert results.loc["LRMIL", "uno_c_sd"] == pytest.approx(np.std([0.8, 0.6], ddof=1))
+    assert results.loc["LRMIL", "ibs"] == pytest.approx(0.15)
+    table = text_table(results.reset_index(), show_cost=False)
+    assert table.header == ("Method", "C-index", "Uno's C", "Integrated Brier")
+    cells_of = {row.cells[0]: (row.cells[2:], row.best[2:]) for row in table.rows}
+    assert cells_of["LRMIL"] == (("0.700 ± 0.141", "0.150"), (True, False))
+    assert cells_of["ABMIL"] == (("0.550 ± 0.071", "–"), (False, False))
+    assert cells_of["Constant risk"] == (("–", "–"), (False, False))

@@ -96,6 +96,10 @@ def done(lab: Any, finished: Any, table: Path, tmp_path_factory: pytest.TempPath
     return get
 
 
+def times_of(out: Path) -> tuple[float, ...]:
+    return stored_readout(out / "folds" / "0" / "student").times
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_ends_with_tables_of_its_task(task: str, done: Callable[[str], Done], table: Path) -> None:
     found = done(task)
@@ -105,6 +109,12 @@ def test_a_run_ends_with_tables_of_its_task(task: str, done: Callable[[str], Don
     shown = ["mae", "r2", "spearman"] if task == "regression" else ["c_index"]
     assert np.isfinite(results.loc["LRMIL", shown[0]])
     assert set(shown) <= set(results)
+    assert ("uno_c" in results) == ("ibs" in results) == (task != "regression")
+    if task != "regression":
+        assert np.isfinite(results.loc["LRMIL", "uno_c"])
+        # Only hazards give curves, and the answer for all gives neither.
+        assert np.isfinite(results["ibs"]).any() == (task == "hazards" and len(times_of(found.out)) > 1)
+        assert np.isnan(results.loc[CONSTANT[task], ["uno_c", "ibs"]]).all()
     truth = pd.read_csv(table).set_index("slide_id")
     values = Values.read_csv(found.out / "tables" / "predictions" / "lrmil.csv")
     assert sorted(values.slide_ids) == sorted(truth.index)

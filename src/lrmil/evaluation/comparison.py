@@ -25,6 +25,7 @@ from lrmil.evaluation.scored import Scored
 from lrmil.evaluation.survival import Thresholds, log_rank, risk_groups
 from lrmil.evaluation.table_formats import to_latex, to_markdown
 from lrmil.evaluation.tables import (
+    CellScores,
     Cost,
     TextTable,
     differences_table,
@@ -214,6 +215,7 @@ def compare_report(
     permutations: int = PERMUTATIONS,
     baselines: Collection[str] | None = None,
     thresholds: Mapping[str, Thresholds] | None = None,
+    censoring: Mapping[str, CellScores] | None = None,
 ) -> Comparison:
     """Score every method, and every method against the reference, on the same slides and folds.
 
@@ -231,6 +233,7 @@ def compare_report(
             every other method.
         thresholds: survival only: for each method whose risk groups shall be shown, the median risk in the training
             split of each fold.
+        censoring: survival only: see `tables.result_row`, for each method.
 
     Raises:
         ConfigError: the reference or a baseline is not among the methods, or methods differ in slides, folds, patients,
@@ -265,6 +268,7 @@ def compare_report(
                     cost=costs.get(method),
                     level=level,
                     resamples=resamples,
+                    censoring=(censoring or {}).get(method) if level == "slide" else None,
                 )
                 for method, found in predictions.items()
             ]

@@ -6,6 +6,8 @@ or t_i = t_j with j censored. Two events at one time have no order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -107,6 +109,31 @@ def integrated_brier(targets: FloatArray, survival: FloatArray, times: FloatArra
     curve = brier_curve(targets, survival, times, train_targets)
     steps = np.diff(times)
     return float((0.5 * (curve[1:] + curve[:-1]) * steps).sum() / steps.sum())
+
+
+def censoring_scores(
+    targets: FloatArray,
+    risk: FloatArray,
+    train_targets: FloatArray,
+    survival: FloatArray | None = None,
+    times: Sequence[float] = (),
+) -> dict[str, float]:
+    """Return what the training split's censoring is needed for, of one fold and seed: `uno_c` and `ibs`.
+
+    Args:
+        targets: (n, 2) time and event of the test slides.
+        risk: (n,).
+        train_targets: (m, 2).
+        survival: (n, T) predicted survival beyond each time; None for a method that gives a risk alone.
+        times: (T,) increasing.
+
+    Returns:
+        `uno_c_index` and `integrated_brier`; nan where undefined.
+    """
+    brier = float("nan")
+    if survival is not None:
+        brier = integrated_brier(targets, survival, np.asarray(times, dtype=np.float64), train_targets)
+    return {"uno_c": float(uno_c_index(targets, risk, train_targets)[0]), "ibs": brier}
 
 
 def _concordance(targets: FloatArray, risk: FloatArray, weights: FloatArray, factor: FloatArray) -> FloatArray:

@@ -2,8 +2,9 @@
 
 A results frame has a row for each method on each task of each dataset. Columns: dataset, task, method, group, then for
 each metric `m` the mean over folds (seeds averaged first) `m`, its sd over folds `m_sd` (ddof=1), the 95 % bootstrap
-interval `m_low`, `m_high`; then patches_per_slide, seconds_per_slide, time_s (the cohort total, which is what the paper
-seems to print), folds, seeds, slides, patients, note. Metrics are fractions here and percent in print.
+interval `m_low`, `m_high`; of survival also `uno_c` and `ibs` with their sd; then patches_per_slide, seconds_per_slide,
+time_s (the cohort total, which is what the paper seems to print), folds, seeds, slides, patients, note. Metrics are
+fractions here and percent in print.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ METHOD_ORDER = (
 """As in the paper; methods not named here follow in order of appearance."""
 
 PAPER_METRICS = ("acc", "auc")
+
+CENSORING = {"uno_c": ("Uno's C", True), "ibs": ("Integrated Brier", False)}
+"""Columns of survival without intervals, see `survival_metrics.censoring_scores`: heading; whether more is better"""
+CellScores = Mapping[tuple[int, int], Mapping[str, float]]
+"""Scores by name, of each (fold, seed)"""
 
 _KEYS = ["dataset", "task", "method", "group"]
 _COUNTS = ["folds", "seeds", "slides", "patients"]
@@ -66,6 +72,7 @@ def result_row(
     cost: Cost | None = None,
     level: str = "slide",
     resamples: int = RESAMPLES,
+    censoring: CellScores | None = None,
 ) -> dict[str, Any]:
     """Score one method: a row of a results frame.
 
@@ -80,6 +87,7 @@ def result_row(
         cost: measured cost; unknown (nan) if None.
         level: "slide", or "patient" for the mean probability over a patient's slides.
         resamples: of the bootstrap.
+        censoring: survival: the scores of CENSORING of every fold and seed; unknown (nan) if None.
     """
     if metrics is None:
         metrics = PAPER_METRICS if predictions.kind == "classification" else SHOWN[predictions.kind]
@@ -98,6 +106,8 @@ def result_row(
         row[f"{name}_sd"] = float(by_fold.std(ddof=1)) if len(by_fold) > 1 else float("nan")
         row[f"{name}_low"], row[f"{name}_high"] = interval.low, interval.high
         notes.update(dict.fromkeys(interval.notes))
+    if predictions.kind == "survival":
+        row |= _over_folds(censoring or {})
     row |= {
         "patches_per_slide": cost.patches_per_slide,
         "seconds_per_slide": cost.seconds_per_slide,
@@ -109,6 +119,17 @@ def result_row(
         "note": "; ".join(notes),
     }
     return row
+
+
+def _over_folds(cells: CellScores) -> dict[str, float]:
+    """Return mean and sd over folds, seeds averaged first, of each score of CENSORING."""
+    found: dict[str, float] = {}
+    for name in CENSORING:
+        values = pd.Series({cell: scores[name] for cell, scores in cells.items()}, dtype=np.float64)
+        by_fold = values.groupby([fold for fold, _ in cells]).mean().dropna()
+        found[name] = float(by_fold.mean())
+        found[f"{name}_sd"] = float(by_fold.std(ddof=1))
+    return found
 
 
 def results_frame(rows: Sequence[Mapping[Any, Any]]) -> pd.DataFrame:
@@ -272,6 +293,11 @@ def text_table(
             header.append(lead + metric(name).title)
             columns.append([_metric_cell(lines.get(m), name, show_sd, show_interval) for m in methods])
             marks.append(_best([_shown(lines.get(m), name) for m in methods], metric(name).higher_is_better))
+        for key, (heading, higher) in CENSORING.items():
+            if metrics is None and key in part and part[key].notna().any():
+                header.append(lead + heading)
+                columns.append([_censoring_cell(lines.get(m), key, show_sd) for m in methods])
+                marks.append(_best([round(lines[m][key], 3) if m in lines else math.nan for m in methods], higher))
         for key, heading in costs:
             if part[key].notna().any():
                 header.append(lead + heading)
@@ -318,6 +344,13 @@ def _metric_cell(row: dict[Any, Any] | None, name: str, show_sd: bool, show_inte
     if show_interval and math.isfinite(low):
         text += f" [{metric_text(low, name)}, {metric_text(high, name)}]"
     return text
+
+
+def _censoring_cell(row: dict[Any, Any] | None, name: str, show_sd: bool) -> str:
+    if row is None or not math.isfinite(row[name]):
+        return "–"
+    sd = row[f"{name}_sd"]
+    return f"{row[name]:.3f}" + (f" ± {sd:.3f}" if show_sd and math.isfinite(sd) else "")
 
 
 def metric_text(value: float, name: str, *, sign: bool = False) -> str:

@@ -43,6 +43,8 @@ class Said:
     """Of each variant, one entry a seed"""
     thresholds: dict[str, dict[tuple[int, int], float]] = field(default_factory=dict)
     """Survival: see `TestPredictions`"""
+    censoring: dict[str, dict[tuple[int, int], dict[str, float]]] = field(default_factory=dict)
+    """Survival: see `TestPredictions`"""
     costs: dict[str, Cost] = field(default_factory=dict)
     """Where it differs between variants"""
 
@@ -52,6 +54,8 @@ class Said:
             self.predictions.setdefault(method, []).append(predictions)
         for method, limits in answers.thresholds.items():
             self.thresholds.setdefault(method, {}).update(limits)
+        for method, cells in answers.censoring.items():
+            self.censoring.setdefault(method, {}).update(cells)
 
 
 def ablate(settings: RunSettings, reporter: Reporter) -> Outcome:
@@ -113,6 +117,7 @@ def _carry_out(study: Study, plan: Plan, folder: Path) -> Outcome:
         seed=s.evaluation.seed,
         resamples=s.evaluation.bootstrap,
         thresholds=said.thresholds,
+        censoring=said.censoring,
     )
     with reporter.stage("report", f"Writing {folder.name}"):
         comparison.write(folder)

@@ -66,12 +66,15 @@ def compare(settings: RunSettings, reporter: Reporter) -> Outcome:
     study.prepare()
     found: dict[str, list[Scored]] = {}
     thresholds: dict[str, dict[tuple[int, int], float]] = {}
+    censoring: dict[str, dict[tuple[int, int], dict[str, float]]] = {}
     for each in _studies(study):
         answered = _predictions(each, methods)
         for method, predictions in answered.all().items():
             found.setdefault(method, []).append(predictions)
         for method, limits in answered.thresholds.items():
             thresholds.setdefault(method, {}).update(limits)
+        for method, cells in answered.censoring.items():
+            censoring.setdefault(method, {}).update(cells)
     costs = _measure(study, methods) if isinstance(study, Study) else {}
     comparison = compare_report(
         {title: concatenate(parts) for title, parts in found.items()},
@@ -83,6 +86,7 @@ def compare(settings: RunSettings, reporter: Reporter) -> Outcome:
         seed=settings.evaluation.seed,
         resamples=settings.evaluation.bootstrap,
         thresholds=thresholds,
+        censoring=censoring,
     )
     with reporter.stage("report", "Writing the comparison"):
         comparison.write(folder.comparison)

@@ -28,7 +28,9 @@ from lrmil.evaluation import (
 )
 from lrmil.evaluation.metrics import MAIN, SHOWN
 from lrmil.evaluation.survival import Thresholds
+from lrmil.evaluation.survival_metrics import censoring_scores
 from lrmil.evaluation.table_formats import to_markdown, to_rich
+from lrmil.evaluation.tables import CellScores
 from lrmil.files import write_text
 from lrmil.pipeline.baselines import CONSTANT_RISK, MAJORITY, TRAINING_MEAN, constant_title
 from lrmil.pipeline.context import Run, Split
@@ -60,6 +62,8 @@ class TestPredictions:
         self._rows: dict[str, list[tuple[str, int, npt.NDArray[np.floating]]]] = {}
         self.thresholds: dict[str, dict[tuple[int, int], float]] = {}
         """Survival: for each method that has a head the median risk of each (fold, seed)'s training patients"""
+        self.censoring: dict[str, dict[tuple[int, int], dict[str, float]]] = {}
+        """Survival: for each of these methods the scores of each (fold, seed) that weigh by censoring"""
 
     def asked(self, split: Split) -> tuple[str, ...]:
         """Return the slides of a fold that `add` wants answers for: those of its test; for survival, where risk groups
@@ -74,6 +78,15 @@ class TestPredictions:
             risks = {s: outputs[s].value for s in split.train}
             cell = int(split.name), self._run.settings.seed
             self.thresholds.setdefault(method, {})[cell] = median_of_patients(self._run, risks)
+            self.censoring.setdefault(method, {})[cell] = self._censoring_scores(split, outputs)
+
+    def _censoring_scores(self, split: Split, outputs: Outputs) -> dict[str, float]:
+        train, test = (np.stack([self._run.cohort.target_of(s) for s in part]) for part in (split.train, split.test))
+        risk = np.array([outputs[s].value for s in split.test], dtype=np.float64)
+        curves = [curve for s in split.test if (curve := outputs[s].survival) is not None]
+        if not curves:
+            return censoring_scores(test, risk, train)
+        return censoring_scores(test, risk, train, np.stack(curves), self._run.objective.fit(train).readout.times)
 
     def add_rows(self, method: str, split: Split, answers: Mapping[str, npt.NDArray[np.floating]]) -> None:
         """Add answers for the test slides of a fold: probabilities (C,), or a number or risk ()."""
@@ -152,6 +165,7 @@ def score_methods(
     costs: Mapping[str, Cost],
     dataset: str,
     thresholds: Mapping[str, Thresholds] | None = None,
+    censoring: Mapping[str, CellScores] | None = None,
 ) -> Scores:
     """Score every method; write tables/: results.csv, results.md, and the predictions of each method.
 
@@ -169,6 +183,7 @@ def score_methods(
             resamples=e.bootstrap,
             metrics=SHOWN[run.kind],
             cost=costs.get(method),
+            censoring=(censoring or {}).get(method),
         )
         for method, found in predictions.items()
     ]

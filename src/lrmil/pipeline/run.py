@@ -71,7 +71,8 @@ def run_all(
     others = _baselines(study, found)
     costs = _measure(study)
     dataset = run.cohort.name
-    scores = score_methods(run, found.all(), {m: mean_cost(c) for m, c in costs.items()}, dataset, found.thresholds)
+    measured = {m: mean_cost(c) for m, c in costs.items()}
+    scores = score_methods(run, found.all(), measured, dataset, found.thresholds, found.censoring)
     with reporter.stage("report", "Drawing the report"):
         pictures = _pictures(study, others)
         report = write_run_report(
