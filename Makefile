@@ -7,12 +7,19 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Small matrices on many threads are slower than on one, and the tests already run in parallel.
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
+# Studies on real tissue need CRCHistoPhenotypes and DINOv2 ViT-S/14, which users download; see docs/evidence/README.md.
+LRMIL_TEST_DATA ?= ../shared/data
+CRCHISTO ?= $(LRMIL_TEST_DATA)/crchisto
+DINOV2 ?= $(LRMIL_TEST_DATA)/weights/vit_small_patch14_dinov2_fp16.safetensors
+STUDY := OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/lrmil study
+PUBLISH := --publish docs/evidence
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test lint format evidence clean
 
 help:
 	@echo "make demo    the whole method on a simulated cohort, offline; ends with demo/report.html"
 	@echo "make test    the tests"
+	@echo "make evidence  the studies of evidence/ (hours; resumes); results go to docs/evidence"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff format the code"
 	@echo "make clean   remove the virtual environment and caches"
@@ -38,6 +45,15 @@ lint: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Each study resumes where it was, and repeats nothing that is finished.
+evidence: setup
+	$(STUDY) probe evidence/probe-simulated.yaml $(PUBLISH)
+	$(STUDY) controls evidence/controls-stage2.yaml $(PUBLISH)
+	@if [ -d "$(CRCHISTO)" ] && [ -f "$(DINOV2)" ]; then \
+		$(STUDY) probe evidence/probe-tissue.yaml $(PUBLISH) \
+			--set fields.crchisto=$(CRCHISTO) --set encoder.weights=$(DINOV2); \
+	else echo "no real tissue at $(CRCHISTO), or no weights at $(DINOV2): probe-tissue left out"; fi
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,16 @@ def test_the_committed_configs_are_valid() -> None:
     for study in found:
         assert study.recipes[0].layers == (0, 1, 11), "the paper's recipe comes first"
         assert {"own", "transposed", "shuffled", "foreign"} == {r.children for r in study.recipes}
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("probe", ("CONFIG", "--set", "--publish", "--no-train", "Resumes", "different images", "results.csv")),
+        ("controls", ("CONFIG", "--set", "--publish", "Resumes", "shuffled labels", "summary.json")),
+    ],
+)
+def test_help_teaches(verb: str, words: tuple[str, ...]) -> None:
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]+", " ", CliRunner().invoke(app, ["study", verb, "--help"]).output).split())
+    for word in words:
+        assert word.lower() in shown.lower(), word

@@ -13,6 +13,7 @@ Override = Annotated[
     typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change one setting; may be repeated."),
 ]
 Publish = Annotated[Path | None, typer.Option(help="Copy the small tables and figures into this folder, too.")]
+Train = Annotated[bool, typer.Option(help="--no-train: only tables and figures of what is finished.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and the result.")]
 
 
@@ -20,6 +21,7 @@ def register(app: typer.Typer) -> None:
     """Add the verbs."""
     studies = typer.Typer(no_args_is_help=True, help="Experiments with known truth: what stage 1 and stage 2 bring.")
     studies.command()(probe)
+    studies.command()(controls)
     app.add_typer(studies, name="study")
 
 
@@ -27,7 +29,7 @@ def probe(
     config: Config,
     overrides: Override = None,
     publish: Publish = None,
-    train: Annotated[bool, typer.Option(help="--no-train: only tables and figures of what is finished.")] = True,
+    train: Train = True,
     quiet: Quiet = False,
 ) -> None:
     """What a region's embedding tells of its nuclei: 20x, 5x, and 5x after stage 1, with negative controls.
@@ -44,4 +46,26 @@ def probe(
     assert settings.out is not None
     reporter = Reporter(Path(settings.out) / "log.jsonl", quiet=quiet)
     for path in run_probe(settings, reporter, publish=publish, train=train):
+        print(path)
+
+
+def controls(
+    config: Config,
+    overrides: Override = None,
+    publish: Publish = None,
+    train: Train = True,
+    quiet: Quiet = False,
+) -> None:
+    """Negative controls of stage 2: a teacher of shuffled labels, and all weights 0, beside the unbroken run.
+
+    On a simulated cohort, which it makes. Resumes; each fold and seed is done once. Writes results.csv, cells.csv,
+    table.md and summary.json.
+    """
+    from lrmil.pipeline.reporting import Reporter
+    from lrmil.studies.slide_controls import load_slide_controls, run_slide_controls
+
+    settings = load_slide_controls(config, overrides)
+    assert settings.out is not None
+    reporter = Reporter(Path(settings.out) / "log.jsonl", quiet=quiet)
+    for path in run_slide_controls(settings, reporter, publish=publish, train=train):
         print(path)

@@ -1,0 +1,239 @@
+"""Negative controls of stage 2, on a simulated cohort: a teacher that learned nothing, and losses of weight 0.
+
+Four students on the same 5x features of the same stage-1 encoders, for every fold and seed of the heads:
+
+    labels      labels alone, which is the baseline of the gains
+    stage2      the student of the method: labels, and a teacher trained on the same slides
+    shuffled    the same, but that teacher was trained on labels shuffled among its training and its validation slides
+    zero        the true teacher, and all weights but that of the cross-entropy 0: must equal `labels` bit for bit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from pydantic import Field
+
+from lrmil.bags import Bag
+from lrmil.cohorts.simulated import SimulatedSettings, simulate_cohort
+from lrmil.errors import ConfigError
+from lrmil.evaluation import Predictions, bootstrap, paired_bootstrap
+from lrmil.files import atomic_path, read_json, write_json, write_text
+from lrmil.pipeline.config import parse_config
+from lrmil.pipeline.context import Run, Split
+from lrmil.pipeline.heads import slide_bag
+from lrmil.pipeline.overrides import apply_overrides, validated
+from lrmil.pipeline.reporting import Reporter, without_python_warnings
+from lrmil.pipeline.student import rows_of_children
+from lrmil.pipeline.study import Study
+from lrmil.settings import Settings, fingerprint
+from lrmil.training.seeds import derive_seed
+from lrmil.training.stage2 import (
+    SlideBag,
+    TrainedHead,
+    predict_bags,
+    teacher_signal,
+    train_student,
+    train_teacher,
+)
+
+ARMS = {
+    "teacher": "20x teacher",
+    "labels": "5x after stage 1, labels alone",
+    "stage2": "5x after stage 1, stage 2",
+    "shuffled": "control: teacher of shuffled labels",
+    "zero": "control: all weights 0",
+}
+_METHOD = 1
+
+
+class SlideControlSettings(Settings):
+    """Negative controls of stage 2."""
+
+    title: str = Field("Negative controls of stage 2", description="heading of tables")
+    out: str | None = Field(None, description="output folder; null: out/<name of the config> beside the config")
+    simulated: SimulatedSettings = Field(description="the cohort")
+    run: dict[str, Any] = Field(default_factory=dict, description="a run's config, without cohort and out")
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="of the heads; stage 1 has the run's own seed")
+    resamples: int = Field(2000, ge=100, description="of patients, for intervals")
+
+
+def load_slide_controls(path: Path, overrides: Sequence[str] | None = None) -> SlideControlSettings:
+    """Read the config.
+
+    Raises:
+        ConfigError: no such file, not YAML, or a field is unknown or out of range.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config.", fix="The configs of the studies lie in evidence/.")
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds no settings.")
+    raw.setdefault("out", str(path.resolve().parent / "out" / path.stem))
+    apply_overrides(raw, list(overrides or []))
+    return validated(SlideControlSettings, raw, str(path))
+
+
+@dataclass(frozen=True)
+class FoldBags:
+    """The bags of one fold, by slide id."""
+
+    split: Split
+    lr: Mapping[str, Bag]
+    hr: Mapping[str, Bag]
+
+
+def run_slide_controls(
+    settings: SlideControlSettings, reporter: Reporter, *, publish: Path | None = None, train: bool = True
+) -> list[Path]:
+    """Simulate, encode, distil, then train every arm; resumes. `train` and `publish` as in `run_probe`."""
+    assert settings.out is not None
+    out = Path(settings.out)
+    with reporter.task("Simulating slides", settings.simulated.slides) as progress:
+        table = simulate_cohort(out / "cohort", settings.simulated, on_progress=progress.reach)
+    tree = settings.run | {"cohort": {"table": str(table)}, "out": str(out / "run")}
+    run_settings = parse_config(tree, "run")
+    key = fingerprint(_METHOD, settings.simulated, run_settings.model_dump(mode="json", exclude={"out", "cohort"}))
+    cells = [(seed, fold) for seed in settings.seeds for fold in range(run_settings.folds.num_folds)]
+    waiting = [cell for cell in cells if _stored(out, cell, key) is None] if train else []
+    reporter.line(f"{settings.title}: {len(cells)} cells, {len(waiting)} to do")
+    if waiting:
+        study = Study.begin(run_settings, reporter)
+        for stage in ("tile", "encode", "distill"):
+            study.do(stage)
+        for seed, fold in waiting:
+            split = study.folds[fold]
+            found = do_cell(study.run, FoldBags(split, study.student_bags(split), study.hr_bags), seed)
+            write_json(_path(out, (seed, fold)), found | {"key": key, "seed": seed, "fold": fold})
+            reporter.line(f"  seed {seed}, fold {fold} done")
+    done = [found for found in (_stored(out, cell, key) for cell in cells) if found is not None]
+    if not done:
+        raise ConfigError("no cell of this study is finished.", fix="Run it first.")
+    return write_controls(settings, done, out / "report" if publish is None else publish, out.name)
+
+
+def do_cell(run: Run, fold: FoldBags, seed: int) -> dict[str, Any]:
+    """Train every arm of one fold with one seed; return what each says of the test slides."""
+    split, s = fold.split, run.settings
+    head_seed = derive_seed(seed, "controls", split.name)
+    hr_train, hr_val, hr_all = (
+        [slide_bag(run, fold.hr[i], i) for i in ids] for ids in (split.train, split.val, split.train + split.val)
+    )
+    lr_train, lr_val = ([slide_bag(run, fold.lr[i], i) for i in ids] for ids in (split.train, split.val))
+    rng = np.random.default_rng(derive_seed(seed, "shuffled labels", split.name))
+    common: dict[str, Any] = {"objective": run.objective, "seed": head_seed, "device": run.device}
+
+    def student(teacher: TrainedHead, **lambdas: float) -> TrainedHead:
+        told = predict_bags(teacher.head, hr_all, device=run.device, readout=teacher.readout)
+        signals = {
+            p.slide_id: teacher_signal(p, rows_of_children(fold.lr[p.slide_id], fold.hr[p.slide_id])) for p in told
+        }
+        own = s.student.model_copy(update={"loss": s.student.loss.model_copy(update=lambdas)})
+        return train_student(lr_train, lr_val, signals, own, **common)
+
+    with without_python_warnings():
+        teacher = train_teacher(hr_train, hr_val, s.teacher, **common)
+        fooled = train_teacher(shuffled_labels(hr_train, rng), shuffled_labels(hr_val, rng), s.teacher, **common)
+        heads = {
+            "teacher": teacher,
+            "labels": train_teacher(lr_train, lr_val, s.student, **common),
+            "stage2": student(teacher),
+            "shuffled": student(fooled),
+            "zero": student(teacher, lambda_bag=0.0, lambda_soft=0.0, lambda_hard=0.0),
+        }
+    answers = {}
+    for arm, trained in heads.items():
+        bags = fold.hr if arm == "teacher" else fold.lr
+        asked = [slide_bag(run, bags[i], i) for i in split.test]
+        said = predict_bags(trained.head, asked, device=run.device, readout=trained.readout)
+        answers[arm] = [p.probabilities.tolist() for p in said]
+    return {
+        "slides": list(split.test),
+        "patients": [run.cohort.patient_of(i) for i in split.test],
+        "labels": [run.cohort.label_of(i) for i in split.test],
+        "classes": list(run.cohort.classes),
+        "answers": answers,
+        "zero_equals_labels": same_weights(heads["zero"], heads["labels"]),
+    }
+
+
+def shuffled_labels(bags: Sequence[SlideBag], rng: np.random.Generator) -> list[SlideBag]:
+    """Deal the labels of slides anew; each part keeps its number of each."""
+    order = rng.permutation(len(bags))
+    return [replace(bag, label=bags[i].label) for bag, i in zip(bags, order, strict=True)]
+
+
+def same_weights(first: TrainedHead, second: TrainedHead) -> bool:
+    """Whether two heads are equal bit for bit, in the weights that both have."""
+    one, other = first.head.state_dict(), second.head.state_dict()
+    shared = one.keys() & other.keys()
+    return bool(shared) and all(one[name].equal(other[name]) for name in shared)
+
+
+def write_controls(
+    settings: SlideControlSettings, done: Sequence[Mapping[str, Any]], folder: Path, name: str
+) -> list[Path]:
+    """Write results.csv, cells.csv, table.md and summary.json of the finished cells."""
+    found = {arm: _predictions(done, arm) for arm in ARMS}
+    rows = []
+    for arm, predictions in found.items():
+        auc = bootstrap(predictions, "auc", seed=0, resamples=settings.resamples)
+        row: dict[str, Any] = {"arm": arm, "auc": auc.value, "auc_low": auc.low, "auc_high": auc.high}
+        if arm != "labels":
+            gain = paired_bootstrap(predictions, found["labels"], "auc", seed=0, resamples=settings.resamples)
+            row |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
+        rows.append(row)
+    results = pd.DataFrame(rows)
+    equal = sum(bool(cell["zero_equals_labels"]) for cell in done)
+    cells = pd.DataFrame(
+        {"seed": cell["seed"], "fold": cell["fold"], "zero_equals_labels": cell["zero_equals_labels"]} for cell in done
+    )
+    lines = ["| | AUC | more than labels alone |", "|---|---:|---:|"]
+    for told in results.to_dict("records"):
+        more = "" if not np.isfinite(told["gain"]) else _bracketed(told, "gain", "+.1f")
+        lines.append(f"| {ARMS[told['arm']]} | {_bracketed(told, 'auc', '.1f')} | {more} |")
+    lines.append(
+        f"\nWith all weights 0, {equal} of {len(done)} heads equal the one trained on labels alone, bit for bit."
+    )
+    paths = [folder / f"{name}_{part}" for part in ("results.csv", "cells.csv", "table.md", "summary.json")]
+    for path, frame in zip(paths[:2], (results, cells), strict=True):
+        with atomic_path(path) as scratch:
+            frame.to_csv(scratch, index=False, float_format="%.6g")
+    write_text(paths[2], "\n".join(lines) + "\n")
+    write_json(paths[3], {"settings": settings.model_dump(mode="json", exclude={"out"}), "cells_done": len(done)})
+    return paths
+
+
+def _predictions(done: Sequence[Mapping[str, Any]], arm: str) -> Predictions:
+    columns: dict[str, list[Any]] = {n: [v for c in done for v in c[n]] for n in ("slides", "patients", "labels")}
+    counts = [len(cell["slides"]) for cell in done]
+    return Predictions.of(
+        slide_ids=columns["slides"],
+        patient_ids=columns["patients"],
+        labels=columns["labels"],
+        probabilities=np.array([p for cell in done for p in cell["answers"][arm]], np.float64),
+        class_names=done[0]["classes"],
+        folds=np.repeat([cell["fold"] for cell in done], counts),
+        seeds=np.repeat([cell["seed"] for cell in done], counts),
+    )
+
+
+def _bracketed(row: Mapping[Any, Any], name: str, form: str) -> str:
+    value, low, high = (100 * float(row[key]) for key in (name, f"{name}_low", f"{name}_high"))
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def _path(out: Path, cell: tuple[int, int]) -> Path:
+    return out / "cells" / f"seed{cell[0]}_fold{cell[1]}.json"
+
+
+def _stored(out: Path, cell: tuple[int, int], key: str) -> dict[str, Any] | None:
+    path = _path(out, cell)
+    found: dict[str, Any] | None = read_json(path) if path.is_file() else None
+    return found if found is not None and found.get("key") == key else None
