@@ -137,7 +137,7 @@ def test_exactly_what_is_selected_is_encoded(
     images_seen: list[np.ndarray] = []
 
     def watched(encoder: Any, images: np.ndarray, **options: Any) -> Any:
-        images_seen.extend(images)
+        images_seen.extend(images.copy())
         return embed(encoder, images, **options)
 
     monkeypatch.setattr("lrmil.inference.stream.encoding.embed", watched)

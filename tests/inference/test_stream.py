@@ -300,7 +300,7 @@ def test_class_tokens_beyond_float16_stay_whole(write_slide, parts, monkeypatch)
             out.cls[2][0, 0] = -123456.0
         return out
 
-    monkeypatch.setattr(stream, "embed", outlier)
+    monkeypatch.setattr("lrmil.inference.stream.encoding.embed", outlier)
     seen = encode_patches(
         slide, region_reads(grid), 32, parts[0], batch_size=10, threads=1, cls_layers=(2, 11), dtype=np.float16
     )

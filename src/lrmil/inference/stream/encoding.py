@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lrmil.bags.bag import within_range
 from lrmil.encoders import Embedded, Encoder, embed
 from lrmil.encoders.settings import Precision
 from lrmil.errors import EncoderError, NoTissue, SlideError
@@ -92,7 +93,7 @@ def encode_patches(
         threads: reader threads.
         precision: see `embed`.
         cls_layers: blocks whose class tokens are wanted as well.
-        dtype: of the result.
+        dtype: of the result; what float16 cannot hold stays float32.
         max_unreadable: share of the patches that may be undecodable.
         forward_batch: images in one forward pass of the encoder; None: what suits the device.
         on_progress: called with the number of patches done so far.
@@ -201,10 +202,11 @@ def _encode_batch(
     seconds = time.perf_counter() - began
     for index, place in places.items():
         part = parts[index]
+        # Copies: what is kept of a slide must not hold on to the rest of its batches.
         part.rows.append(batch.rows[place])
-        part.embedding.append(_cast(out.embedding[place], dtype))
+        part.embedding.append(within_range(np.array(out.embedding[place]), dtype))
         for layer, values in out.cls.items():
-            part.cls.setdefault(layer, []).append(_cast(values[place], dtype))
+            part.cls.setdefault(layer, []).append(within_range(np.array(values[place]), dtype))
         part.encoding_s += seconds * (place.stop - place.start) / len(batch.rows)
 
 
@@ -222,8 +224,3 @@ def _result(end: SlideEnd, parts: _Parts | None, max_unreadable: float) -> Encod
         return EncodedSlide(end.index, end.opened, None, error)
     assert parts is not None
     return EncodedSlide(end.index, end.opened, parts.join(end.log), None)
-
-
-def _cast(values: FloatArray, dtype: npt.DTypeLike) -> FloatArray:
-    """Copy: what is kept of a batch must not hold on to the rest of it."""
-    return values.astype(dtype, copy=True)

@@ -209,8 +209,8 @@ class Feed:
         """Wait for work; return some, or nothing once all is done."""
         with self._changed:
             while not (self._stop or self._all_read or self._broken):
-                if self._current is None and not self._begin_slide():
-                    if not self._all_read:
+                if self._current is None:
+                    if not self._begin_slide() and not self._all_read:
                         self._changed.wait()
                     continue
                 if self._has_room():
