@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from lrmil.errors import ConfigError
-from lrmil.evaluation.scored import FloatArray, IntArray, Scored, row_columns
+from lrmil.evaluation.scored import FloatArray, IntArray, Scored, row_columns, row_keys
 from lrmil.tasks import TaskKind
 
 
@@ -121,19 +119,13 @@ class Predictions(Scored):
         names = [str(c)[2:] for c in frame.columns if str(c).startswith("p_")]
         position = {name: index for index, name in enumerate(names)}
         return cls.of(
-            slide_ids=frame["slide_id"].tolist(),
-            patient_ids=frame["patient_id"].tolist(),
+            **row_keys(frame),
             labels=[position.get(str(label), -1) for label in frame["label"]],
             probabilities=frame[[f"p_{n}" for n in names]].to_numpy(dtype=np.float64),
             class_names=names,
-            folds=frame["fold"].to_numpy(),
-            seeds=frame["seed"].to_numpy(),
         )
 
     @classmethod
-    def read_csv(cls, path: str | os.PathLike[str]) -> Predictions:
-        """Read what `write_csv` wrote. Ids that look like numbers stay as they were written."""
-        # Numbers are parsed by Python, which gives back every digit whatever the version of pandas.
-        frame = pd.read_csv(Path(path), dtype=str, keep_default_na=False)
-        numbers = {c: float for c in frame.columns if c.startswith("p_")}
-        return cls.from_frame(frame.astype({"seed": int, "fold": int, **numbers}))
+    def number_columns(cls, columns: Sequence[str]) -> list[str]:
+        """The probabilities."""
+        return [c for c in columns if c.startswith("p_")]

@@ -9,6 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -70,6 +71,16 @@ class Scored(ABC):
     @abstractmethod
     def to_frame(self) -> pd.DataFrame:
         """Tidy table, a row for each slide and seed: seed, fold, slide_id, patient_id, then truth and answers."""
+
+    @classmethod
+    @abstractmethod
+    def from_frame(cls, frame: pd.DataFrame) -> Self:
+        """Inverse of `to_frame`."""
+
+    @classmethod
+    @abstractmethod
+    def number_columns(cls, columns: Sequence[str]) -> list[str]:
+        """Return the columns of `to_frame` that hold numbers which are not whole."""
 
     @abstractmethod
     def _with(self, truth: FloatArray, answers: FloatArray) -> dict[str, Any]:
@@ -136,11 +147,29 @@ class Scored(ABC):
         with atomic_path(path) as scratch:
             self.to_frame().to_csv(scratch, index=False)
 
+    @classmethod
+    def read_csv(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `write_csv` wrote. Ids that look like numbers stay as they were written."""
+        # Numbers are parsed by Python, which gives back every digit whatever the version of pandas.
+        frame = pd.read_csv(Path(path), dtype=str, keep_default_na=False)
+        numbers = dict.fromkeys(cls.number_columns(list(frame.columns)), float)
+        return cls.from_frame(frame.astype({"seed": int, "fold": int, **numbers}))
+
     def keys_frame(self) -> pd.DataFrame:
         """The columns with which every table of answers begins."""
         return pd.DataFrame(
             {"seed": self.seeds, "fold": self.folds, "slide_id": self.slide_ids, "patient_id": self.patient_ids}
         )
+
+
+def row_keys(frame: pd.DataFrame) -> dict[str, Any]:
+    """Return the columns of `Scored.keys_frame`, as `Predictions.of` and `Values.of` take them."""
+    return {
+        "slide_ids": frame["slide_id"].tolist(),
+        "patient_ids": frame["patient_id"].tolist(),
+        "folds": frame["fold"].to_numpy(),
+        "seeds": frame["seed"].to_numpy(),
+    }
 
 
 AnyScored = TypeVar("AnyScored", bound=Scored)

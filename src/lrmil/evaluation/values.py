@@ -14,7 +14,7 @@ import pandas as pd
 
 from lrmil.errors import ConfigError
 from lrmil.evaluation.predictions import Predictions
-from lrmil.evaluation.scored import FloatArray, IntArray, Scored, row_columns
+from lrmil.evaluation.scored import FloatArray, IntArray, Scored, row_columns, row_keys
 from lrmil.tasks import TaskKind
 
 _COLUMNS: dict[TaskKind, tuple[str, ...]] = {
@@ -141,21 +141,15 @@ class Values(Scored):
         *target, predicted = _COLUMNS["survival" if "risk" in frame else "regression"]
         targets = frame[target].to_numpy(dtype=np.float64)
         return cls.of(
-            slide_ids=frame["slide_id"].tolist(),
-            patient_ids=frame["patient_id"].tolist(),
+            **row_keys(frame),
             targets=targets[:, 0] if len(target) == 1 else targets,
             predicted=frame[predicted].to_numpy(dtype=np.float64),
-            folds=frame["fold"].to_numpy(),
-            seeds=frame["seed"].to_numpy(),
         )
 
     @classmethod
-    def read_csv(cls, path: str | os.PathLike[str]) -> Values:
-        """Read what `write_csv` wrote. Ids that look like numbers stay as they were written."""
-        # Numbers are parsed by Python, which gives back every digit whatever the version of pandas.
-        frame = pd.read_csv(Path(path), dtype=str, keep_default_na=False)
-        numbers = {c: float for columns in _COLUMNS.values() for c in columns if c in frame}
-        return cls.from_frame(frame.astype({"seed": int, "fold": int, **numbers}))
+    def number_columns(cls, columns: Sequence[str]) -> list[str]:
+        """Targets and answers of either task."""
+        return [c for own in _COLUMNS.values() for c in own if c in columns]
 
 
 def read_predictions(path: str | os.PathLike[str]) -> Predictions | Values:
