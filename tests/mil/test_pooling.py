@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrmil.errors import CheckpointError, HeadError
-from lrmil.mil import create_head, load_original
+from lrmil.mil import MILHead, create_head, load_original
 
 
 def _bag(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -57,14 +57,19 @@ def _instance_scores(head: Any, bag: torch.Tensor) -> np.ndarray[Any, Any]:
     return h @ state["classifier.weight"].T + state["classifier.bias"]
 
 
+def _passing_on(classes: int) -> MILHead:
+    """A head whose scores of an instance are the instance, where that is not negative."""
+    head: Any = create_head("instance_max", classes, classes, embed_dim=classes).eval()
+    with torch.no_grad():
+        for layer in (head.embed, head.classifier):
+            layer.weight.copy_(torch.eye(classes))
+            layer.bias.zero_()
+    return head
+
+
 def test_two_classes_take_the_instance_with_the_largest_second_probability() -> None:
     """Not the instance that is surest of either class, nor the one with the largest second logit."""
-    head = create_head("instance_max", 2, 2, embed_dim=2).eval()
-    with torch.no_grad():
-        head.embed.weight.copy_(torch.eye(2))
-        head.embed.bias.zero_()
-        head.classifier.weight.copy_(torch.eye(2))
-        head.classifier.bias.zero_()
+    head = _passing_on(2)
     # P(class 1): 0.0003, 0.731, 0.880; the second row has the largest second logit, the first the surest verdict.
     out = head(torch.tensor([[8.0, 0.0], [4.0, 5.0], [0.0, 2.0]]))
     assert out.logits.tolist() == [0.0, 2.0]
@@ -72,12 +77,7 @@ def test_two_classes_take_the_instance_with_the_largest_second_probability() -> 
 
 def test_more_classes_take_the_instance_that_is_surest_of_any() -> None:
     """Class 1 has no special part."""
-    head = create_head("instance_max", 3, 3, embed_dim=3).eval()
-    with torch.no_grad():
-        head.embed.weight.copy_(torch.eye(3))
-        head.embed.bias.zero_()
-        head.classifier.weight.copy_(torch.eye(3))
-        head.classifier.bias.zero_()
+    head = _passing_on(3)
     assert head(torch.tensor([[0.0, 3.0, 0.0], [6.0, 5.9, 6.0], [4.0, 0.0, 0.0]])).logits.tolist() == [4.0, 0.0, 0.0]
 
 

@@ -95,34 +95,30 @@ def test_tags_without_a_unit_say_nothing(tmp_path):
         open_slide(path)
 
 
-def test_tags_stand_in_where_openslide_finds_no_vendor_mpp(tmp_path):
-    """An Aperio description without MPP: OpenSlide gives none, the resolution tags do."""
-    path = tmp_path / "a.svs"
+def aperio_without_mpp(path, objective, **tags):
+    """A file of that vendor whose description says the objective's power, and no um per pixel."""
     tifffile.imwrite(
         path,
         np.full((100, 120, 3), 200, np.uint8),
         tile=(64, 64),
         photometric="rgb",
-        description="Aperio Image Library\r\n120x100 (64x64)|AppMag = 20",
+        description=f"Aperio Image Library\r\n120x100 (64x64)|AppMag = {objective}",
         metadata=None,
-        resolution=(20_000, 20_000),
-        resolutionunit="CENTIMETER",
+        **tags,
     )
-    slide = open_slide(path)
+    return path
+
+
+def test_tags_stand_in_where_openslide_finds_no_vendor_mpp(tmp_path):
+    """An Aperio description without MPP: OpenSlide gives none, the resolution tags do."""
+    tags = {"resolution": (20_000, 20_000), "resolutionunit": "CENTIMETER"}
+    slide = open_slide(aperio_without_mpp(tmp_path / "a.svs", objective=20, **tags))
     assert (slide.vendor, slide.mpp_source) == ("aperio", TIFF_TAGS)
     assert slide.mpp == pytest.approx(0.5)
 
 
 def test_an_objective_power_is_no_scale(tmp_path):
-    path = tmp_path / "a.svs"
-    tifffile.imwrite(
-        path,
-        np.full((100, 120, 3), 200, np.uint8),
-        tile=(64, 64),
-        photometric="rgb",
-        description="Aperio Image Library\r\n120x100 (64x64)|AppMag = 40",
-        metadata=None,
-    )
+    path = aperio_without_mpp(tmp_path / "a.svs", objective=40)
     with pytest.raises(MissingMpp):
         open_slide(path)
 
