@@ -250,8 +250,10 @@ class _Step:
         """Return the loss terms of a batch."""
         sums: dict[str, float] = {}
         for part, share in self._parts(batch):
-            for key, value in self._terms(part).items():
-                sums[key] = sums.get(key, 0.0) + value.item() * share
+            terms = self._terms(part)
+            # Fetched together: each fetch waits for the GPU.
+            for key, value in zip(terms, torch.stack(list(terms.values())).tolist(), strict=True):
+                sums[key] = sums.get(key, 0.0) + value * share
         return sums
 
     def _parts(self, batch: RegionBatch) -> Iterator[tuple[RegionBatch, float]]:
