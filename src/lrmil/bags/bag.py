@@ -135,7 +135,7 @@ class Bag:
         raise CorruptBag(f"{name}: {message}", fix="Encode the slide again.")
 
 
-def within_range(values: npt.NDArray[np.float32], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+def within_range(values: npt.NDArray[np.floating], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Return `values` as `dtype`, unless that is float16 and one of them lies beyond it (65504): then as they are.
 
     Class tokens between blocks are not normed, and some networks let a few channels of them grow to such sizes.
