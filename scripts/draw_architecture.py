@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "lrmil"
 ROOMS = {
     "cli": "one file per group of verbs: parse, call, print",
+    "benchmarks": "how fast reading and answering are, as ratios in one run",
     "pipeline": "the stages from cohort to deployed model, each resumable",
     "cohorts": "tables of slides and labels; simulated and assembled slides",
     "inference": "bundle, prediction, heatmap: all that deployment needs",

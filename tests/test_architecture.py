@@ -13,7 +13,7 @@ ROOT = Path(lrmil.__file__).parent
 # Lowest first. A room may import the rooms before it, and itself.
 ROOMS = (
     *("_version", "errors", "settings", "files", "tasks", "geometry", "slides", "tissue", "encoders", "bags", "mil"),
-    *("distill", "training", "evaluation", "inference", "cohorts", "pipeline", "studies", "cli"),
+    *("distill", "training", "evaluation", "inference", "cohorts", "pipeline", "studies", "benchmarks", "cli"),
 )
 FILES = sorted(ROOT.rglob("*.py"))
 

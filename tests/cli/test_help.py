@@ -33,6 +33,7 @@ TAUGHT = {
     "info": ("SLIDE", "--mpp", "--json", "patches"),
     "encoders": ("--json", "licence"),
     "doctor": ("bug report",),
+    "bench": ("PARTS", "--slides", "--quick", "--json", "OpenSlide", "reading", "heads", "results.md"),
     "import": ("SOURCE", "TRIDENT", "--patches", "--mpp", "--coords-unit"),
     "export": ("SOURCE", "TRIDENT"),
 }

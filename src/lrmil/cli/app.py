@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from lrmil._version import __version__
-from lrmil.cli import cohorts, exchange, inspect, labels, predict, run, study
+from lrmil.cli import bench, cohorts, exchange, inspect, labels, predict, run, study
 from lrmil.errors import LrmilError, SlideError
 
 
@@ -67,6 +67,7 @@ cohorts.register(app)
 labels.register(app)
 inspect.register(app)
 exchange.register(app)
+bench.register(app)
 study.register(app)
 
 
