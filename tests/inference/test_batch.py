@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from lrmil.cli import main
+from lrmil.encoders import embed
 from lrmil.errors import BundleError, ConfigError, EncoderError, NotASlide, NoTissue, OutputError
 from lrmil.files import read_json
 from lrmil.inference import batch
 from lrmil.inference.batch import Failure, folder_names, predict_many
-from lrmil.inference.predict import Bundle, Prediction
-from lrmil.slides import write_pyramid
+from lrmil.inference.predict import Prediction
+from lrmil.inference.prepare import TileSettings
+from lrmil.slides import open_slide, write_pyramid
 
 FILES = {"prediction.json", "attention.png", "attention_figure.png"}
 
@@ -110,14 +112,15 @@ def test_folder_names():
 
 def test_an_encoder_that_fails_on_one_slide(slides, bundle_folder, tmp_path, monkeypatch):
     """Half precision may overflow on one slide: that is its failure alone."""
-    predict = Bundle.predict
+    with open_slide(slides[0]) as slide:
+        victim = slide.read_box((256, 0, 512, 256), (32, 32))
 
-    def overflow(self, slide, **options):
-        if slide == slides[0]:
+    def overflow(encoder, images, **options):
+        if any((image == victim).all() for image in images):
             raise EncoderError("features are not finite.")
-        return predict(self, slide, **options)
+        return embed(encoder, images, **options)
 
-    monkeypatch.setattr(Bundle, "predict", overflow)
+    monkeypatch.setattr("lrmil.inference.stream.encoding.embed", overflow)
     chosen = [slides[0], slides[3]]
     failures = predict_many(chosen, bundle_folder, tmp_path / "out", device="cpu", heatmap=False)
     assert [f.path for f in failures] == [str(slides[0])]
@@ -128,19 +131,19 @@ def test_an_encoder_that_fails_on_one_slide(slides, bundle_folder, tmp_path, mon
 @pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error"), RuntimeError("out of memory")])
 def test_whatever_ends_one_slide_ends_no_other(slides, bundle_folder, tmp_path, monkeypatch, error):
     """Also while its pictures are drawn: no answer is then left that the table does not hold."""
-    predict, draw = Bundle.predict, batch._draw
+    opened, draw = TileSettings.open, batch._draw
 
-    def torn(self, slide, **options):
-        if slide == slides[1]:
+    def torn(self, path, mpp=None):
+        if path == slides[1]:
             raise error
-        return predict(self, slide, **options)
+        return opened(self, path, mpp)
 
     def undrawn(answer, folder):
         if folder.name == "case":
             raise error
         draw(answer, folder)
 
-    monkeypatch.setattr(Bundle, "predict", torn)
+    monkeypatch.setattr(TileSettings, "open", torn)
     monkeypatch.setattr(batch, "_draw", undrawn)
     out = tmp_path / "out"
     failures = predict_many([slides[0], slides[1], slides[3]], bundle_folder, out, device="cpu")
@@ -163,12 +166,14 @@ def test_each_row_of_the_tables_is_written_once(slides, bundle_folder, tmp_path,
 def test_a_wrong_setting_and_a_full_disk_are_no_slide_s_fault(slides, bundle_folder, tmp_path, monkeypatch):
     for error in (ConfigError("float16 on a CPU"), OutputError("the disk is full")):
 
-        def wrong(self, slide, error=error, **options):
+        def wrong(*args, error=error, **options):
             raise error
 
-        monkeypatch.setattr(Bundle, "predict", wrong)
-        with pytest.raises(type(error)):
-            predict_many(slides, bundle_folder, tmp_path / "out", device="cpu")
+        target = "stream.encoding.embed" if isinstance(error, ConfigError) else "predict.Prediction.write"
+        with monkeypatch.context() as patched:
+            patched.setattr(f"lrmil.inference.{target}", wrong)
+            with pytest.raises(type(error)):
+                predict_many(slides, bundle_folder, tmp_path / "out", device="cpu")
     assert list((tmp_path / "out").iterdir()) == []
 
 

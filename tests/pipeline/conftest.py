@@ -174,7 +174,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 WORK = {
     "tile": "lrmil.pipeline.tile.prepare_slide",
-    "encode 20x": "lrmil.pipeline.encode.encode_patches",
+    "encode 20x": "lrmil.pipeline.encode.child_reads",
     "read 5x": "lrmil.pipeline.pixels.stream_patches",
     "encode 5x": "lrmil.pipeline.encode.embed",
     "stage 1": "lrmil.pipeline.distill.distil_encoder",

@@ -113,9 +113,9 @@ def test_nan_in_a_feature_file_names_the_slide(lab: Any, encoded: Path) -> None:
 
 
 def test_an_encoder_that_overflows_names_the_slide(lab: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def overflow(slide: Any, *args: Any, **kwargs: Any) -> Any:
+    def overflow(*args: Any, **kwargs: Any) -> Any:
         raise EncoderError("tiny: features computed in float16 are not finite.", fix="Use precision=float32.")
 
-    monkeypatch.setattr("lrmil.pipeline.encode.encode_patches", overflow)
+    monkeypatch.setattr("lrmil.inference.stream.encoding.embed", overflow)
     with pytest.raises(EncoderError, match=r"^S001: tiny: .*not finite\. Use precision=float32"):
         lab.run_until("encode", tmp_path / "run")

@@ -37,7 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 WORK = {
     "encode": "lrmil.inference.scales.encode_patches",
-    "children": "lrmil.pipeline.encode.encode_patches",
+    "children": "lrmil.pipeline.encode.child_reads",
     "thumbnails": "lrmil.inference.scales.read_thumbnails",
     "train": "lrmil.pipeline.selective.train_scales",
     "predict": "lrmil.pipeline.selective.predict_scales",

@@ -115,10 +115,13 @@ def predict_many(
     columns = ["slide", *_answer_columns(bundle.manifest), "regions", "unreadable", "seconds", "folder", "path"]
     answers, failed = _Table(out / ANSWERS_FILE, columns), _Table(out / FAILURES_FILE, ["path", "error", "message"])
     failures: list[Failure] = []
-    for path, folder in zip(slides, folders, strict=True):
+    predictions = bundle.predict_slides(slides, mpp=mpp, batch_size=batch_size, threads=threads, picture=heatmap)
+    for path, folder, prediction in zip(slides, folders, predictions, strict=True):
         result: Prediction | Failure
         try:
-            result = bundle.predict(path, mpp=mpp, batch_size=batch_size, threads=threads, picture=heatmap)
+            if not isinstance(prediction, Prediction):
+                raise prediction
+            result = prediction
             result.write(folder / "prediction.json")
             if heatmap and result.attention is not None:
                 _draw(result, folder)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lrmil.files import write_json
 from lrmil.geometry import IntArray
 from lrmil.inference.bundle import BundleManifest, load_parts
 from lrmil.inference.prepare import PreparedSlide, finest_overview_mpp, prepare_slide
-from lrmil.inference.stream import ReadingLog, encode_patches, region_reads
+from lrmil.inference.stream import EncodedPatches, ReadingLog, SlideReads, encode_patches, encode_slides, region_reads
 from lrmil.mil.readout import Readout
 from lrmil.slides import Overview, Slide, io_counter
 
@@ -183,6 +184,63 @@ class Bundle:
         with opened as source:
             return self._predict(source, batch_size, threads, picture, on_progress, began, bytes_before)
 
+    def predict_slides(
+        self,
+        slides: Sequence[str | Path],
+        *,
+        mpp: float | None = None,
+        batch_size: int | None = None,
+        threads: int = 2,
+        picture: bool = False,
+    ) -> Iterator[Prediction | Exception]:
+        """Answer many slides, one after the other in this order; where one fails, its error takes the answer's place.
+
+        One pool of threads reads for all of them: while the encoder works on a slide, the next ones are opened, looked
+        at for tissue and read. An answer's `seconds` are therefore what it added to the whole: from the answer before
+        to this one, and of tissue and reading only what the encoder had to wait for. Arguments as in `predict`.
+        """
+        m = self.manifest
+        results = encode_slides(
+            [partial(self._open, path, mpp) for path in slides],
+            m.grid.patch_px,
+            self.encoder,
+            batch_size=batch_size or self._read_ahead,
+            forward_batch=batch_size,
+            threads=threads,
+            max_unreadable=m.tiles.max_unreadable,
+        )
+        while True:
+            began, bytes_before = time.perf_counter(), io_counter()
+            result = next(results, None)
+            if result is None:
+                return
+            if result.encoded is None or result.opened is None:
+                assert result.error is not None
+                yield result.error
+                continue
+            slide, prepared = result.opened.slide, result.opened.note
+            try:
+                answer = self._answer(slide, prepared, result.encoded, {}, picture, began, bytes_before)
+            except Exception as error:
+                yield error
+            else:
+                yield answer
+
+    def _open(self, path: str | Path, mpp: float | None) -> SlideReads:
+        m = self.manifest
+        slide = m.tiles.open(path, mpp=mpp)
+        try:
+            prepared = prepare_slide(slide, m.grid, m.tissue, m.tiles)
+        except BaseException:
+            slide.close()
+            raise
+        return SlideReads(slide, region_reads(prepared.grid), note=prepared)
+
+    @property
+    def _read_ahead(self) -> int:
+        """Regions that readers put together for the encoder; a GPU is to be kept busy for longer than a CPU."""
+        return _READ_AHEAD if self.device.type == "cpu" else 4 * _READ_AHEAD
+
     def _predict(
         self,
         slide: Slide,
@@ -197,20 +255,31 @@ class Bundle:
         reads_before = dict(slide.stats.level_reads)
         prepared = prepare_slide(slide, m.grid, m.tissue, m.tiles)
         grid = prepared.grid
-
         seen = encode_patches(
             slide,
             region_reads(grid),
             grid.scale.patch_px,
             self.encoder,
-            batch_size=batch_size or _READ_AHEAD,
+            batch_size=batch_size or self._read_ahead,
             forward_batch=batch_size,
             threads=threads,
             max_unreadable=m.tiles.max_unreadable,
             on_progress=(lambda done: on_progress(done, grid.num_regions)) if on_progress else None,
         )
-        boxes_l0 = grid.region_boxes_l0[seen.rows]
+        return self._answer(slide, prepared, seen, reads_before, picture, began, bytes_before)
 
+    def _answer(
+        self,
+        slide: Slide,
+        prepared: PreparedSlide,
+        seen: EncodedPatches,
+        reads_before: Mapping[int, int],
+        picture: bool,
+        began: float,
+        bytes_before: int | None,
+    ) -> Prediction:
+        m, grid = self.manifest, prepared.grid
+        boxes_l0 = grid.region_boxes_l0[seen.rows]
         head_began = time.perf_counter()
         with torch.inference_mode():
             # Training's features were rounded to float16 on disk, by less than an answer notices.
@@ -221,7 +290,9 @@ class Bundle:
         ended = time.perf_counter()
 
         mil_s, total_s, bytes_after = ended - head_began, ended - began, io_counter()
-        reading_s = max(0.0, total_s - prepared.seconds - seen.encoding_s - mil_s)
+        encoding_s = min(seen.encoding_s, total_s - mil_s)
+        tissue_s = min(prepared.seconds, total_s - mil_s - encoding_s)
+        reading_s = max(0.0, total_s - mil_s - encoding_s - tissue_s)
         levels = {
             level: reads - reads_before.get(level, 0)
             for level, reads in sorted(slide.stats.level_reads.items())
@@ -235,7 +306,7 @@ class Bundle:
             predicted=m.classes[int(reading.probabilities.argmax())] if m.classes else "",
             boxes_l0=boxes_l0,
             attention=attention,
-            seconds=Seconds(prepared.seconds, reading_s, seen.encoding_s, mil_s, total_s),
+            seconds=Seconds(tissue_s, reading_s, encoding_s, mil_s, total_s),
             unreadable=len(seen.log.unreadable),
             bytes_read=None if bytes_before is None or bytes_after is None else bytes_after - bytes_before,
             scale=_scale_note(slide, prepared, levels),

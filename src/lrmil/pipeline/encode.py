@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from lrmil.bags import Bag, bag_is_current, write_bag
 from lrmil.encoders import Encoder, embed
 from lrmil.errors import EncoderError, NoTissue, SlideError, SlideTooCoarse
 from lrmil.geometry import MatchedGrid
-from lrmil.inference.stream import child_reads, encode_patches
+from lrmil.inference.stream import EncodedPatches, SlideReads, child_reads, encode_slides
 from lrmil.pipeline.context import Run, SlideEntry
 from lrmil.pipeline.keys import bag_provenance, features_of
 from lrmil.pipeline.pixels import RegionPixels
@@ -34,18 +35,34 @@ def encode_children(run: Run, grids: Mapping[str, MatchedGrid], encoder: Encoder
     total = sum(grids[entry.slide_id].num_children for entry, _ in waiting)
     title = f"Encoding {total} patches of {len(waiting)} slides at {hr_mpp:g} um/px with {encoder.card.name}"
     if not waiting:
-        title = f"All slides are encoded at {hr_mpp:g} um/px with {encoder.card.name}"
+        with run.reporter.stage("encode", f"All slides are encoded at {hr_mpp:g} um/px with {encoder.card.name}"):
+            return
+    s = run.settings
     with run.reporter.stage("encode", title), run.reporter.task("encode", total) as progress:
-        for entry, provenance in waiting:
+        results = encode_slides(
+            [partial(_open_children, entry, grids[entry.slide_id], hr_mpp) for entry, _ in waiting],
+            s.grid.patch_px,
+            encoder,
+            batch_size=s.encoder.stream_batch,
+            forward_batch=s.encoder.batch_size,
+            threads=s.threads,
+            precision=s.encoder.precision,
+            cls_layers=layers,
+            dtype=np.float16,
+            max_unreadable=s.tiles.max_unreadable,
+        )
+        for result, (entry, provenance) in zip(results, waiting, strict=True):
             grid = grids[entry.slide_id]
-            try:
-                _require_children(grid, entry.slide_id, hr_mpp)
-                bag = _child_bag(run, entry, grid, encoder, layers, provenance)
-                write_bag(run.folder.bag(name, entry.slide_id), bag)
-            except SlideError as error:
-                run.fail(entry.slide_id, "encode", error)
-            except EncoderError as error:
-                raise _about_slide(entry, error) from error
+            if isinstance(result.error, EncoderError):
+                raise _about_slide(entry, result.error) from result.error
+            if result.error is not None and not isinstance(result.error, SlideError):
+                raise result.error
+            if result.error is not None:
+                run.fail(entry.slide_id, "encode", result.error)
+            elif result.encoded is not None:
+                if lost := len(result.encoded.log.unreadable):
+                    run.reporter.warn(f"{entry.slide_id}: {lost} patches cannot be decoded and are left out")
+                write_bag(run.folder.bag(name, entry.slide_id), _child_bag(entry, grid, result.encoded, provenance))
             progress.advance(grid.num_children, note=entry.slide_id)
 
 
@@ -126,31 +143,17 @@ def features_name(encoder: Encoder, mpp: float, random_seed: int | None = None) 
     return f"{name}_{mpp:g}mpp"
 
 
-def _child_bag(
-    run: Run,
-    entry: SlideEntry,
-    grid: MatchedGrid,
-    encoder: Encoder,
-    layers: Sequence[int],
-    provenance: dict[str, Any],
-) -> Bag:
-    s = run.settings
-    with entry.open() as slide:
-        seen = encode_patches(
-            slide,
-            child_reads(grid),
-            grid.scale.patch_px,
-            encoder,
-            batch_size=s.encoder.stream_batch,
-            forward_batch=s.encoder.batch_size,
-            threads=s.threads,
-            precision=s.encoder.precision,
-            cls_layers=layers,
-            dtype=np.float16,
-            max_unreadable=s.tiles.max_unreadable,
-        )
-    if seen.log.unreadable:
-        run.reporter.warn(f"{entry.slide_id}: {len(seen.log.unreadable)} patches cannot be decoded and are left out")
+def _open_children(entry: SlideEntry, grid: MatchedGrid, hr_mpp: float) -> SlideReads:
+    """Open a slide and say which children are to be read.
+
+    Raises:
+        SlideError: it cannot be opened, or has no children.
+    """
+    _require_children(grid, entry.slide_id, hr_mpp)
+    return SlideReads(entry.open(), child_reads(grid))
+
+
+def _child_bag(entry: SlideEntry, grid: MatchedGrid, seen: EncodedPatches, provenance: dict[str, Any]) -> Bag:
     # Rows ascend, so children come in the order of their regions: that is how stage 1 finds them.
     order = np.argsort(seen.rows)
     rows = seen.rows[order]

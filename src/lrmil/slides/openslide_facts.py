@@ -45,7 +45,7 @@ def read_facts(path: Path, mpp: float | None, open_handle: Callable[[str], Any])
     try:
         handle = open_handle(str(path))
         dimensions, level_dimensions, own = handle.dimensions, handle.level_dimensions, handle.level_downsamples
-        properties = dict(handle.properties)
+        properties = _properties(handle.properties)
     except openslide.OpenSlideUnsupportedFormatError as error:
         reason = describe_tiff(path) or "it is of no kind that OpenSlide knows"
         raise NotASlide(f"{reason}.", slide=path.name, fix=_CONVERT) from error
@@ -66,6 +66,17 @@ def read_facts(path: Path, mpp: float | None, open_handle: Callable[[str], Any])
         properties=properties,
     )
     return facts, handle
+
+
+def _properties(stated: Mapping[str, str]) -> dict[str, str]:
+    """Copy what can be told: of a damaged file OpenSlide may name properties that it then has no value of."""
+    found = {}
+    for name in stated:
+        try:
+            found[name] = stated[name]
+        except (KeyError, UnicodeDecodeError):
+            continue
+    return found
 
 
 _CONVERT = "Give a whole-slide image, or convert it to a tiled pyramidal TIFF (8-bit RGB)."

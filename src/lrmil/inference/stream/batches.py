@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lrmil.errors import SlideError, TooManyUnreadable
+from lrmil.errors import TooManyUnreadable
 from lrmil.geometry import IntArray
 from lrmil.inference.stream.reads import Read
 from lrmil.slides import Slide
@@ -52,7 +52,9 @@ class SlideReads:
 
 
 Source = Callable[[], SlideReads]
-"""Opens a slide and says what to read; called by another thread, some slides ahead. May raise `SlideError`."""
+"""Opens a slide and says what to read; called by another thread, some slides ahead.
+
+What it raises is that slide's failure, but for `ConfigError`, which ends all."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class SlideEnd:
     opened: SlideReads | None
     """open until `Feed.finish`; None if it could not be opened"""
     log: ReadingLog
-    error: SlideError | None
+    error: Exception | None
 
 
 @dataclass(eq=False)

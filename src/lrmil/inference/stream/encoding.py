@@ -14,7 +14,7 @@ import torch
 from lrmil.bags.bag import within_range
 from lrmil.encoders import Embedded, Encoder, embed
 from lrmil.encoders.settings import Precision
-from lrmil.errors import EncoderError, NoTissue, SlideError
+from lrmil.errors import ConfigError, NoTissue, SlideError
 from lrmil.geometry import IntArray
 from lrmil.inference.stream.batches import Batch, ImageArray, ReadingLog, SlideEnd, SlideReads, Source
 from lrmil.inference.stream.feed import Feed
@@ -49,7 +49,7 @@ class EncodedSlide:
     opened: SlideReads | None
     """open until the next slide is asked for; None if it could not be opened"""
     encoded: EncodedPatches | None
-    error: SlideError | EncoderError | None
+    error: Exception | None
 
 
 @dataclass
@@ -60,7 +60,7 @@ class _Parts:
     embedding: list[FloatArray] = field(default_factory=list)
     cls: dict[int, list[FloatArray]] = field(default_factory=dict)
     encoding_s: float = 0.0
-    error: EncoderError | None = None
+    error: Exception | None = None
 
     def join(self, log: ReadingLog) -> EncodedPatches:
         cls = {layer: np.concatenate(parts) for layer, parts in self.cls.items()}
@@ -140,7 +140,8 @@ def encode_slides(
     """Read and encode patches of many slides with one pool of threads, and yield the slides in order.
 
     The next slides are opened and read while the encoder works; a batch may hold patches of several slides. What fails
-    with one slide (opening it, reading it, an encoder that overflows on it) is that slide's result.
+    with one slide (opening it, reading it, an encoder that overflows on it) is that slide's result. Only a
+    `ConfigError` is raised, which would be the same for all.
 
     Args:
         sources: one for each slide.
@@ -190,7 +191,9 @@ def _encode_batch(
     began = time.perf_counter()
     try:
         out = encode(images)
-    except EncoderError as error:
+    except ConfigError:
+        raise
+    except Exception as error:
         if len(places) == 1:
             parts[next(iter(places))].error = error
             return
@@ -214,13 +217,13 @@ def _result(end: SlideEnd, parts: _Parts | None, max_unreadable: float) -> Encod
     if end.error is not None or end.opened is None:
         return EncodedSlide(end.index, end.opened, None, end.error)
     name = end.opened.slide.name
+    if parts is not None and parts.error is not None:
+        return EncodedSlide(end.index, end.opened, None, parts.error)
     try:
         if not end.opened.reads:
             raise NoTissue("no patch of it holds enough tissue.", slide=name, fix="Leave it out.")
-        if parts is not None and parts.error is not None:
-            raise parts.error
         end.log.raise_if_too_many(name, max_unreadable)
-    except (SlideError, EncoderError) as error:
+    except SlideError as error:
         return EncodedSlide(end.index, end.opened, None, error)
     assert parts is not None
     return EncodedSlide(end.index, end.opened, parts.join(end.log), None)

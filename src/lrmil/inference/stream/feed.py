@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lrmil.errors import SlideError
+from lrmil.errors import ConfigError
 from lrmil.inference.stream.batches import Batch, ImageArray, ReadingLog, SlideEnd, SlideReads, Source
 from lrmil.inference.stream.reads import PatchReader, Read
 
@@ -36,7 +36,7 @@ class _Job:
 
     index: int
     opened: SlideReads | None = None
-    error: SlideError | None = None
+    error: Exception | None = None
     next_read: int = 0
     log: ReadingLog = field(default_factory=ReadingLog)
 
@@ -118,18 +118,18 @@ class Feed:
             reader.start()
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches in the order of the sources and of their reads.
+        """Yield batches in the order of the sources and of their reads, until all are there or the feed is closed.
 
         Raises:
             Exception: whatever broke a reader, other than a slide's own failure.
         """
         while True:
             with self._changed:
-                while not (self._broken or self._is_ready()):
+                while not (self._stop or self._broken or self._is_ready()):
                     self._changed.wait()
                 if self._broken:
                     raise self._broken
-                if not self._trays:
+                if self._stop or not self._trays:
                     return
                 tray = self._trays.popleft()
                 self._out += 1
@@ -297,7 +297,7 @@ class Feed:
             assert task.job.opened is not None
             try:
                 failed = self._patches.read(task.job.opened.slide, task.read, [t.images[p] for t, p in task.places])
-            except SlideError as error:
+            except Exception as error:
                 task.job.error = error
         with self._changed:
             for i, (tray, place) in enumerate(task.places):
@@ -305,21 +305,22 @@ class Feed:
                 if i in failed:
                     tray.failed[place] = failed[i]
                 elif task.job.error is not None:
-                    tray.failed[place] = task.job.error.message
+                    tray.failed[place] = str(task.job.error)
             if any(not tray.missing for tray, _ in task.places):
                 self._changed.notify_all()
 
 
 def _open(index: int, source: Source) -> _Job:
     """Open a slide, and tell its reader what will be asked."""
+    opened = None
     try:
         opened = source()
-    except SlideError as error:
-        return _Job(index, error=error)
-    try:
         opened.slide.announce([(read.box_l0, read.size_px) for read in opened.reads])
-    except SlideError as error:
-        _release(opened)
+    except ConfigError:
+        raise
+    except Exception as error:
+        if opened is not None:
+            _release(opened)
         return _Job(index, error=error)
     return _Job(index, opened)
 

@@ -145,16 +145,13 @@ def _stretched(data: bytes) -> bytes:
     return bytes(header) + data[len(header) :]
 
 
-def _fixed(value: float) -> int:
-    return int(value * 65536 + 0.5)
-
-
-_CENTRED = np.arange(256, dtype=np.int32) - 128
-_RED_OF_CR = ((_fixed(1.402) * _CENTRED + 32768) >> 16).astype(np.int16)
-_BLUE_OF_CB = ((_fixed(1.772) * _CENTRED + 32768) >> 16).astype(np.int16)
-_GREEN_OF_CB = -_fixed(0.34414) * _CENTRED
-_GREEN_OF_CR = -_fixed(0.71414) * _CENTRED + 32768
-"""JFIF's conversion in 16-bit fixed point, as libjpeg and OpenSlide compute it."""
+_CENTRED = np.arange(256) - 128.0
+_RED_OF_CR = np.floor(1.402 * _CENTRED + 0.5).astype(np.int16)
+_BLUE_OF_CB = np.floor(1.772 * _CENTRED + 0.5).astype(np.int16)
+_GREEN_OF_CB = np.rint(-0.34414 * 65536 * _CENTRED).astype(np.int32)
+_GREEN_OF_CR = np.rint(-0.71414 * 65536 * _CENTRED + 32768).astype(np.int32)
+"""JFIF's conversion, as OpenSlide tabulates it: factors with five digits, each entry rounded by itself. (libjpeg rounds
+the factor instead, and differs from that by a grey level in one pixel of ten thousand.)"""
 
 
 def _rgb(ycbcr: UInt8Array) -> UInt8Array:
