@@ -59,7 +59,7 @@ def test_every_arm_answers_every_target_in_every_fold(settings: ProbeSettings, f
     paper = cells[cells["arm"] == "paper"]
     assert np.isfinite(paper[["train_layer0", "val_layer1", "retrieval_layer1", "r2"]].to_numpy()).all()
     results = pd.read_csv(next(p for p in finished if p.name == "small_results.csv"))
-    assert set(results["embedding"]) == {"cls", "token_mean", "both", "direct", "histogram"}
+    assert set(results["embedding"]) == {"cls", "token_mean", "both", "direct", "colours"}
     assert all(path.is_file() for path in finished)
     assert {p.suffix for p in finished} == {".csv", ".json", ".md", ".png"}
 
@@ -68,12 +68,13 @@ def test_no_image_is_on_both_sides(settings: ProbeSettings, finished: list[Path]
     study = ProbeStudy.begin(settings, Reporter(quiet=True))
     seen = []
     for fold in range(3):
-        parts = {p: {study.fields[i].group for i in study._fields_of(fold, p)} for p in ("train", "val", "test")}
+        cell = Cell("reference", fold, 0)
+        parts = {p: {study.fields[i].group for i in study._fields_of(cell, p)} for p in ("train", "val", "test")}
         assert len(set.union(*parts.values())) == sum(map(len, parts.values())) == 12
-        told = study.taught(0, fold, "train", settings.train_views)
+        told = study.taught(cell, "train", settings.train_views)
         assert {study.fields[i].group for i in told.field} <= parts["train"]
         seen += sorted(parts["test"])
-        stored = study.stored(Cell("reference", fold, 0))
+        stored = study.stored(cell)
         assert stored is not None
         assert {study.groups[view] for view in stored["views"]} == parts["test"]
     assert len(seen) == len(set(seen)) == 12

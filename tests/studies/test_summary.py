@@ -27,7 +27,9 @@ def _answers(noise: dict[str, float], seeds: int = 2, folds: int = 3) -> pd.Data
                 for view in range(20):
                     row = {"arm": arm, "embedding": "cls", "target": "share", "fold": fold, "seed": seed}
                     group = f"g{fold}_{view // 4}"
-                    rows.append(row | {"group": group, "view": view, "truth": truth[view], "predicted": said[view]})
+                    rows.append(
+                        row | {"group": group, "view": 20 * fold + view, "truth": truth[view], "predicted": said[view]}
+                    )
     return pd.DataFrame(rows)
 
 
@@ -35,23 +37,22 @@ def _row(table: pd.DataFrame, arm: str) -> pd.Series:
     return table[table["arm"] == arm].iloc[0]
 
 
-def test_r2_is_that_of_each_fold_and_seed_averaged() -> None:
+def test_r2_is_that_of_all_test_regions_averaged_over_seeds() -> None:
     answers = _answers({"lr": 0.7})
-    cells = answers.groupby(["fold", "seed"])
-    wanted = np.mean([r2_score(c["truth"], c["predicted"]) for _, c in cells])
+    wanted = np.mean([r2_score(c["truth"], c["predicted"]) for _, c in answers.groupby("seed")])
     row = _row(results_table(answers, ["share"], 300), "lr")
     assert row["r2"] == pytest.approx(wanted)
     assert row["r2_low"] < row["r2"] < row["r2_high"]
-    assert (row["folds"], row["seeds"]) == (3, 2)
+    assert (row["cells"], row["seeds"]) == (6, 2)
 
 
 def test_unknown_truths_are_left_out() -> None:
     answers = _answers({"lr": 0.7}, seeds=1, folds=1)
     answers.loc[answers["view"] < 8, "truth"] = np.nan
     known = answers[answers["view"] >= 8]
-    losses = group_losses(answers)
-    assert losses is not None
-    assert losses.by_fold()[0] == pytest.approx(r2_score(known["truth"], known["predicted"]))
+    row = _row(results_table(answers, ["share"], 100), "lr")
+    assert row["r2"] == pytest.approx(r2_score(known["truth"], known["predicted"]))
+    assert group_losses(answers[answers["view"] < 8], 1.0) is None
 
 
 def test_gains_are_paired_and_recovery_is_their_ratio_unclipped() -> None:
@@ -84,22 +85,23 @@ def test_nothing_is_recovered_where_20x_is_not_better_with_confidence() -> None:
     assert recovery((1.0, drawn), (0.0, drawn * 0), (0.5, drawn)) is None
 
 
-def test_only_shared_folds_are_compared() -> None:
+def test_only_shared_cells_are_compared() -> None:
     """A partial study must not compare an arm's easy folds with another's hard ones."""
     answers = _answers({"hr": 0.3, "lr": 0.9, "own": 0.9})
     partial = answers[(answers["arm"] != "own") | (answers["fold"] == 1)]
     own = _row(results_table(partial, ["share"], 200), "own")
-    one = answers[answers["fold"] == 1]
-    low = np.mean([r2_score(c["truth"], c["predicted"]) for _, c in one[one["arm"] == "lr"].groupby("seed")])
-    assert own["folds"] == 1
-    assert own["gain"] == pytest.approx(own["r2"] - low)
+    one = partial[(partial["fold"] == 1) & (partial["arm"] != "hr")]
+    error = ((one["truth"] - one["predicted"]) ** 2).groupby(one["arm"]).mean()
+    variance = partial.drop_duplicates("view")["truth"].var(ddof=0)
+    assert own["cells"] == 2
+    assert own["gain"] == pytest.approx((error["lr"] - error["own"]) / variance)
 
 
-def test_retrieval_counts_groups_alike() -> None:
+def test_retrieval_is_the_mean_over_regions() -> None:
     rows = [("own", 1, 0, 0, "a", v, 1.0) for v in range(9)] + [("own", 1, 0, 0, "b", 9, 0.0)]
     frame = pd.DataFrame(rows, columns=["arm", "layer", "fold", "seed", "group", "view", "share"])
     row = retrieval_table(frame, 200, 1).iloc[0]
-    assert row["retrieval"] == pytest.approx(0.5)
+    assert row["retrieval"] == pytest.approx(0.9)
     assert row["last"]
 
 

@@ -17,7 +17,7 @@ KIND_STYLE = {
     "token_mean": (VERMILION, "s", "token mean"),
     "both": (GREEN, "D", "both"),
     "direct": (BLACK, "*", "own output"),
-    "histogram": (ORANGE, "^", "colours"),
+    "colours": (ORANGE, "^", "colours"),
 }
 """colour, marker, name of each embedding"""
 REFERENCE_TITLES = {
@@ -25,7 +25,7 @@ REFERENCE_TITLES = {
     "lr": "5x, not distilled",
     "ceiling": "5x, trained on truth",
     "random": "5x, random weights",
-    "colour": "5x, colour histogram",
+    "colour": "5x, colours alone",
 }
 _ROW_IN = 0.42
 

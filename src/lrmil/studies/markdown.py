@@ -30,15 +30,15 @@ def study_page(
                 _number(row, "r2"),
                 _number(row, "gain", signed=True),
                 recovered,
-                f"{row['seeds']} x {row['folds']} folds",
+                f"{row['cells']}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
         parts.append(f"### {target_title(target).capitalize()}\n\n" + "\n".join(lines))
     if len(retrieval):
-        lines = ["| student | block | own child found | seeds |", "|---|---:|---:|---:|"]
+        lines = ["| student | block | own child found | runs |", "|---|---:|---:|---:|"]
         for row in retrieval[retrieval["last"] | (retrieval["layer"] == _deepest(retrieval))].to_dict("records"):
             cells = [arm_title(row["arm"], titles), str(row["layer"]), _number(row, "retrieval", scale=100, unit=" %")]
-            lines.append("| " + " | ".join([*cells, f"{row['seeds']} x {row['folds']} folds"]) + " |")
+            lines.append("| " + " | ".join([*cells, f"{row['cells']}"]) + " |")
         k, ratio = settings.ratio**2, settings.ratio
         note = f"Chance is {100 / k:.1f} %; the diagonal, which transposing leaves in place, {100 / ratio:.0f} %."
         parts.append("### Slot retrieval\n\n" + note + "\n\n" + "\n".join(lines))

@@ -1,7 +1,7 @@
 """One study of region probes: fields, folds, teacher, and the cells (arm x fold x seed), each done once.
 
 Arms. `reference`: the teacher on the 16 children of a region (hr), the same network on the region at low resolution
-without distillation (lr), with random weights (random), and a histogram of colours (colour). Each recipe: the student
+without distillation (lr), with random weights (random), and statistics of colours (colour). Each recipe: the student
 after stage 1 (its name). `ceiling`: the student's start fine-tuned on the truth.
 """
 
@@ -22,11 +22,10 @@ from lrmil.distill import resolve_layers
 from lrmil.encoders import Encoder, create_encoder, embed
 from lrmil.errors import ConfigError
 from lrmil.files import read_json, remove_leftovers, write_json
-from lrmil.pipeline.pixels import colour_histogram
 from lrmil.pipeline.reporting import Reporter, without_python_warnings
 from lrmil.settings import fingerprint
 from lrmil.studies.ceiling import ceiling_answers, train_ceiling
-from lrmil.studies.fields import Field, load_fields
+from lrmil.studies.fields import Field, FloatArray, load_fields
 from lrmil.studies.matches import MatchedViews, slot_retrieval, student_blocks
 from lrmil.studies.ridge import ridge_probe
 from lrmil.studies.settings import EMBEDDINGS, EmbeddingKind, ProbeSettings, Stage1Recipe
@@ -37,7 +36,7 @@ from lrmil.training.loop import FitResult
 from lrmil.training.seeds import derive_seed
 from lrmil.training.stage1 import Stage1Settings, distil_encoder
 
-_METHOD = 1
+_METHOD = 2
 """Raised whenever the same settings give other numbers than before; finished cells are then done anew."""
 Features = npt.NDArray[np.floating]
 
@@ -67,7 +66,8 @@ class ProbeStudy:
     fields: list[Field]
     encoder: Encoder
     teacher: Teacher
-    splits: Splits
+    splits: dict[int, Splits]
+    """by seed"""
     key: str
     _taught: dict[tuple[int, int, int], TaughtViews] = field(default_factory=dict)
 
@@ -87,24 +87,23 @@ class ProbeStudy:
         }
         layers.add(encoder.depth - 1)
         teacher = Teacher(encoder, settings, sorted(layers), folder / "teacher")
-        splits = make_splits(fields, settings)
-        names = ("patch_px", "ratio", "targets", "min_nuclei", "train_views", "val_views", "random_seed")
+        splits = {seed: make_splits(fields, settings, seed) for seed in settings.seeds}
+        names = ("patch_px", "ratio", "targets", "min_nuclei", "train_views", "val_views", "views_seed", "random_seed")
         shared = {name: getattr(settings, name) for name in names}
         digests = [field.digest() for field in fields]
-        key = fingerprint(
-            _METHOD, shared, settings.precision, encoder.weights_sha256, digests, splits.table.to_dict("list")
-        )
+        key = fingerprint(_METHOD, shared, settings.precision, encoder.weights_sha256, digests)
         return cls(settings, reporter, folder, fields, encoder, teacher, splits, key)
 
     def cells(self) -> Iterator[Cell]:
         """All cells, in the order in which they are done: one recipe in all folds, then more recipes, seeds."""
         s = self.settings
         folds = range(s.num_folds)
-        yield from (Cell("reference", fold, s.seeds[0]) for fold in folds)
-        for seed in s.seeds:
-            yield from (Cell(recipe.name, fold, seed, recipe) for recipe in s.recipes[:1] for fold in folds)
-            yield from (Cell("ceiling", fold, seed) for fold in folds if s.ceiling is not None)
-            yield from (Cell(recipe.name, fold, seed, recipe) for recipe in s.recipes[1:] for fold in folds)
+        many = {recipe.name: s.seeds[: recipe.seeds] for recipe in s.recipes}
+        yield from (Cell("reference", fold, seed) for seed in s.seeds for fold in folds)
+        for number, recipe in enumerate(s.recipes):
+            yield from (Cell(recipe.name, fold, seed, recipe) for seed in many[recipe.name] for fold in folds)
+            if number == 0 and s.ceiling is not None:
+                yield from (Cell("ceiling", fold, seed) for seed in s.seeds[: s.ceiling.seeds] for fold in folds)
 
     def stored(self, cell: Cell) -> dict[str, Any] | None:
         """Return what a finished cell found, None where it is not done with these settings."""
@@ -124,7 +123,7 @@ class ProbeStudy:
         else:
             found = self._recipe(cell, cell.recipe)
         found |= {"key": self._key(cell), "arm": cell.arm, "fold": cell.fold, "seed": cell.seed}
-        found["views"] = [int(i) for i in self._probe_rows(cell.fold, "test")]
+        found["views"] = [int(i) for i in self._probe_rows(cell, "test")]
         found["seconds"] = round(time.monotonic() - began, 1)
         write_json(self.folder / "cells" / cell.path, found)
         return found
@@ -152,23 +151,23 @@ class ProbeStudy:
         found: dict[str, dict[EmbeddingKind, Features] | Features] = {
             "hr": _kinds(self.probe.embedding),
             "lr": _kinds(embed(self.encoder, images, precision=s.precision).embedding),
-            "colour": np.stack([colour_histogram(image[None]) for image in images]),
+            "colour": colours(images),
         }
         if s.random_seed is not None:
             untrained = _build(s, s.random_seed)
             found["random"] = _kinds(embed(untrained, images, precision=s.precision).embedding)
         return found
 
-    def taught(self, seed: int, fold: int, part: str, count: int) -> TaughtViews:
+    def taught(self, cell: Cell, part: str, count: int) -> TaughtViews:
         """Return `count` training views of the fields of a part of a fold, spread evenly over them."""
         s = self.settings
-        numbers = self._fields_of(fold, part)
+        numbers, seed = self._fields_of(cell, part), s.views_seed
         side_px = s.patch_px * s.ratio
         # The same number of views of every field, whatever its part, so that folds share what the teacher said.
-        most = -(-s.train_views // min(len(self._fields_of(f, "train")) for f in range(s.num_folds)))
+        most = -(-s.train_views // (len(self.fields) * (s.num_folds - 2) // s.num_folds))
         each = -(-count // len(numbers))
         views = []
-        with self.reporter.task(f"Encoding the children of {part} regions, seed {seed}", len(numbers)) as task:
+        with self.reporter.task(f"Encoding the children of {part} regions", len(numbers)) as task:
             for number in numbers:
                 name = (seed, number, most)
                 if name not in self._taught:
@@ -184,16 +183,16 @@ class ProbeStudy:
     def _reference(self, cell: Cell) -> dict[str, Any]:
         answers = []
         for arm, features in self.frozen.items():
-            kinds = features if isinstance(features, dict) else {"histogram": features}
-            answers += self._probe(arm, kinds, cell.fold)
-        return {"answers": answers, "retrieval": self._retrieval(self.encoder, cell.fold, (self.encoder.depth - 1,))}
+            kinds = features if isinstance(features, dict) else {"colours": features}
+            answers += self._probe(arm, kinds, cell)
+        return {"answers": answers, "retrieval": self._retrieval(self.encoder, cell, (self.encoder.depth - 1,))}
 
     def _recipe(self, cell: Cell, recipe: Stage1Recipe) -> dict[str, Any]:
         s = self.settings
         loss = recipe.loss(self.encoder.depth)
         matched = {}
         for part, count in (("train", s.train_views), ("val", s.val_views)):
-            views = self.taught(cell.seed, cell.fold, part, count)
+            views = self.taught(cell, part, count)
             broken = derive_seed(cell.seed, "broken match", cell.fold, part)
             matched[part] = MatchedViews(views, s.ratio, recipe.children, broken)
         student = copy.deepcopy(self.encoder)
@@ -214,8 +213,8 @@ class ProbeStudy:
         seen = embed(student, self.probe.images, precision=s.precision).embedding
         layers = resolve_layers(loss.layers, self.encoder.depth)
         return {
-            "answers": self._probe(recipe.name, _kinds(seen), cell.fold),
-            "retrieval": self._retrieval(student, cell.fold, layers),
+            "answers": self._probe(recipe.name, _kinds(seen), cell),
+            "retrieval": self._retrieval(student, cell, layers),
             "fit": _told(fit),
         }
 
@@ -223,22 +222,21 @@ class ProbeStudy:
         s = self.settings
         assert s.ceiling is not None
         train, val = (
-            self.taught(cell.seed, cell.fold, part, count)
-            for part, count in (("train", s.train_views), ("val", s.val_views))
+            self.taught(cell, part, count) for part, count in (("train", s.train_views), ("val", s.val_views))
         )
         seed = derive_seed(cell.seed, "ceiling", cell.fold)
         network, fit = train_ceiling(copy.deepcopy(self.encoder), train, val, s.ceiling, seed=seed)
-        said = ceiling_answers(network, self.probe.take(self._probe_rows(cell.fold, "test")))
+        said = ceiling_answers(network, self.probe.take(self._probe_rows(cell, "test")))
         answers = [
             {"arm": "ceiling", "embedding": "direct", "target": target, "alpha": None, "predicted": said[:, column]}
             for column, target in enumerate(s.targets)
         ]
         return {"answers": answers, "fit": _told(fit)}
 
-    def _probe(self, arm: str, kinds: Mapping[Any, Features], fold: int) -> list[dict[str, Any]]:
+    def _probe(self, arm: str, kinds: Mapping[Any, Features], cell: Cell) -> list[dict[str, Any]]:
         """Ridge probes of each embedding for each target, fitted on the training and validation groups."""
-        test = self._probe_rows(fold, "test")
-        known = np.concatenate([self._probe_rows(fold, "train"), self._probe_rows(fold, "val")])
+        test = self._probe_rows(cell, "test")
+        known = np.concatenate([self._probe_rows(cell, "train"), self._probe_rows(cell, "val")])
         answers = []
         for kind, features in kinds.items():
             for column, target in enumerate(self.settings.targets):
@@ -249,9 +247,9 @@ class ProbeStudy:
                 )
         return answers
 
-    def _retrieval(self, student: Encoder, fold: int, layers: tuple[int, ...]) -> dict[str, list[float]]:
+    def _retrieval(self, student: Encoder, cell: Cell, layers: tuple[int, ...]) -> dict[str, list[float]]:
         """Slot retrieval on the test views, by distilled layer."""
-        views = self.probe.take(self._probe_rows(fold, "test"))
+        views = self.probe.take(self._probe_rows(cell, "test"))
         s = self.settings
         found = {}
         for layer in layers:
@@ -259,21 +257,24 @@ class ProbeStudy:
             found[str(layer)] = slot_retrieval(blocks, views.cls[layer]).tolist()
         return found
 
-    def _probe_rows(self, fold: int, part: str) -> npt.NDArray[np.int64]:
-        return np.flatnonzero(self.splits.part_of(fold, list(self.groups)) == part)
+    def _probe_rows(self, cell: Cell, part: str) -> npt.NDArray[np.int64]:
+        return np.flatnonzero(self.splits[cell.seed].part_of(cell.fold, list(self.groups)) == part)
 
-    def _fields_of(self, fold: int, part: str) -> list[int]:
-        parts = self.splits.part_of(fold, [own.group for own in self.fields])
+    def _fields_of(self, cell: Cell, part: str) -> list[int]:
+        parts = self.splits[cell.seed].part_of(cell.fold, [own.group for own in self.fields])
         return [int(i) for i in np.flatnonzero(parts == part)]
 
     def _key(self, cell: Cell) -> str:
         if cell.recipe is not None:
-            return fingerprint(self.key, cell.recipe.model_dump(mode="json", exclude={"name", "title"}), cell.seed)
-        own = self.settings.ceiling if cell.arm == "ceiling" else None
+            return fingerprint(
+                self.key, cell.recipe.model_dump(mode="json", exclude={"name", "title", "seeds"}), cell.seed
+            )
+        ceiling = self.settings.ceiling if cell.arm == "ceiling" else None
+        own = None if ceiling is None else ceiling.model_dump(mode="json", exclude={"seeds"})
         return fingerprint(self.key, cell.arm, own, cell.seed)
 
 
-def make_splits(fields: list[Field], settings: ProbeSettings) -> Splits:
+def make_splits(fields: list[Field], settings: ProbeSettings, seed: int) -> Splits:
     """Deal groups to folds, spread evenly over thirds of the main target, so that each fold has something to tell."""
     side_px = settings.patch_px * settings.ratio
     main = settings.targets[:1]
@@ -281,7 +282,14 @@ def make_splits(fields: list[Field], settings: ProbeSettings) -> Splits:
     cuts = np.nanquantile(value, [1 / 3, 2 / 3])
     third = np.digitize(np.nan_to_num(value), cuts)
     groups = [f.group for f in fields]
-    return make_folds(groups, third.tolist(), num_folds=settings.num_folds, seed=settings.split_seed)
+    return make_folds(groups, third.tolist(), num_folds=settings.num_folds, seed=seed)
+
+
+def colours(images: npt.NDArray[np.uint8]) -> FloatArray:
+    """Mean, standard deviation, and 10, 50 and 90 % points of red, green and blue: (n, P, P, 3) to (n, 15)."""
+    pixels = images.reshape(len(images), -1, 3).astype(np.float64)
+    parts = [pixels.mean(axis=1), pixels.std(axis=1), *np.quantile(pixels, [0.1, 0.5, 0.9], axis=1)]
+    return np.concatenate(parts, axis=1)
 
 
 def _build(settings: ProbeSettings, random_seed: int | None = None) -> Encoder:

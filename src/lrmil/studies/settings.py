@@ -49,6 +49,7 @@ class Stage1Recipe(Settings):
     batch_size: int = Field(32, ge=1, description="regions a step")
     learning_rate: float = Field(1e-4, gt=0, description="Adam's")
     epochs: int = Field(6, ge=1, description="at most this many; the one of lowest validation loss is kept")
+    seeds: int | None = Field(None, ge=1, description="do the first so many seeds only; null: all")
     children: Children = Field("own", description="own; or a negative control: transposed, shuffled, foreign")
 
     def loss(self, depth: int) -> Stage1LossSettings:
@@ -66,6 +67,7 @@ class CeilingSettings(Settings):
     learning_rate: float = Field(1e-4, gt=0, description="Adam's")
     batch_size: int = Field(32, ge=1, description="regions a step")
     epochs: int = Field(6, ge=1, description="at most this many; the one of lowest validation loss is kept")
+    seeds: int | None = Field(None, ge=1, description="do the first so many seeds only; null: all")
 
 
 class ProbeSettings(Settings):
@@ -82,8 +84,10 @@ class ProbeSettings(Settings):
     )
     min_nuclei: int = Field(5, ge=1, description="a region with fewer nuclei has no shares, and is left out there")
     num_folds: int = Field(5, ge=3, description="test = fold k, validation = fold k+1, training = the rest, by group")
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="of training views, order and weights")
-    split_seed: int = Field(0, description="of the folds, which all seeds share")
+    seeds: tuple[int, ...] = Field(
+        (0,), min_length=1, description="each deals the groups to other folds, and trains anew"
+    )
+    views_seed: int = Field(0, description="of the training views, which all seeds share")
     train_views: int = Field(480, ge=1, description="regions that stage 1 sees in an epoch")
     val_views: int = Field(48, ge=1, description="regions of validation groups that choose its epoch")
     recipes: tuple[Stage1Recipe, ...] = Field((), description="ways to distil, done in this order")

@@ -1,15 +1,18 @@
 """R2, gains and recovery with intervals over groups, from the cells of a study of region probes.
 
-R2 is taken within each test fold, averaged over seeds, then over folds. Intervals resample groups (images, patients)
-within their test folds, as `evaluation.intervals` does; the variance by which errors are divided stays that of the
-fold's own test regions, because resampling a dozen groups biases it. R2 is then a sum over groups, differences are
-paired, and seeds are averaged first. The intervals are about other test images for these trained encoders, not about
-other training images.
+R2 is 1 - mean squared error / variance of the truth, averaged over seeds. Each region is answered by the model of the
+fold that tests its group. The variance is that of all regions of the study: one dozen test images may hardly vary, and
+R2 by fold then says more about which images met there than about the embedding (it is in the table of cells).
+
+Intervals resample groups (images, patients). The variance and the number of regions are held fixed, so that R2 is a sum
+over groups, and differences are paired; seeds, each of which deals the groups to other folds, are averaged first. The
+intervals are about other test images for these trained encoders; that seeds train on other images is averaged, not
+resampled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,57 +43,57 @@ class Estimate:
 
 @dataclass(frozen=True)
 class GroupLosses:
-    """1 - R2 of one arm for one target, as a sum over test groups."""
+    """Squared errors of one arm for one target, in units of the variance of the truth."""
 
-    folds: tuple[int, ...]
-    """that are finished"""
-    seeds: int
-    share: pd.Series
-    """indexed by (fold, group): squared error over the fold's own sum of squares, seeds averaged; folds not averaged"""
+    error: pd.DataFrame
+    """columns sum and count; indexed by (seed, fold, group)"""
 
-    def by_fold(self) -> pd.Series:
-        """R2 of each fold."""
-        return 1.0 - self.share.groupby(level="fold").sum()
+    @property
+    def cells(self) -> set[tuple[int, int]]:
+        """(seed, fold) that are finished."""
+        return {(int(seed), int(fold)) for seed, fold in self.error.index.droplevel("group").unique()}
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds there are, finished or not."""
+        return len({seed for seed, _ in self.cells})
+
+    def share(self, cells: Collection[tuple[int, int]]) -> pd.Series:
+        """By group, what it adds to 1 - R2 over these cells."""
+        own = self.error[[(s, f) in cells for s, f in self.error.index.droplevel("group")]]
+        regions = own["count"].groupby(level="seed").transform("sum")
+        seeds = own.index.get_level_values("seed").nunique()
+        return (own["sum"] / regions / seeds).groupby(level="group").sum()
 
 
-def group_losses(rows: pd.DataFrame) -> GroupLosses | None:
-    """Make losses of the answers of one arm for one target.
+def group_losses(rows: pd.DataFrame, variance: float) -> GroupLosses | None:
+    """Sum up the errors of one arm for one target.
 
     Args:
-        rows: fold, seed, group, view, truth (nan where unknown), predicted.
+        rows: fold, seed, group, truth (nan where unknown), predicted.
+        variance: of the truth, over all regions of the study.
     """
     known = rows[np.isfinite(rows["truth"])]
-    shares = []
-    for (fold, _), cell in known.groupby(["fold", "seed"]):
-        spread = float(((cell["truth"] - cell["truth"].mean()) ** 2).sum())
-        if spread <= 0:
-            continue
-        error = (cell["truth"] - cell["predicted"]) ** 2 / spread
-        shares.append(error.groupby(cell["group"]).sum().rename_axis("group").to_frame("share").assign(fold=fold))
-    if not shares:
+    if known.empty or variance <= 0:
         return None
-    share = pd.concat(shares).reset_index().groupby(["fold", "group"])["share"].mean()
-    folds = tuple(int(f) for f in share.index.get_level_values("fold").unique())
-    return GroupLosses(folds, int(known["seed"].nunique()), share)
+    error = known.assign(error=(known["truth"] - known["predicted"]) ** 2 / variance)
+    return GroupLosses(error.groupby(["seed", "fold", "group"])["error"].agg(["sum", "count"]))
 
 
 class Bootstrap:
-    """The same resamples of test groups for every arm that has the same folds."""
+    """The same resamples of groups for every arm that has the same groups."""
 
     def __init__(self, resamples: int, seed: int = 0) -> None:
         self._resamples, self._seed = resamples, seed
 
-    def r2(self, losses: GroupLosses, folds: Sequence[int]) -> tuple[float, FloatArray]:
-        """Return the fold-averaged R2 and its resamples (B,)."""
-        share = losses.share[losses.share.index.get_level_values("fold").isin(folds)].sort_index()
-        fold = share.index.get_level_values("fold").to_numpy()
-        group = share.index.get_level_values("group").to_numpy().astype(str)
-        ids = group.tolist()
-        keys = Values.of(slide_ids=ids, patient_ids=ids, folds=fold, targets=np.zeros(len(ids)), predicted=share)
+    def r2(self, losses: GroupLosses, cells: Collection[tuple[int, int]]) -> tuple[float, FloatArray]:
+        """Return R2 over some cells, and its resamples (B,)."""
+        share = losses.share(cells).sort_index()
+        ids = share.index.astype(str).tolist()
+        keys = Values.of(slide_ids=ids, patient_ids=ids, targets=np.zeros(len(ids)), predicted=np.zeros(len(ids)))
         drawn = resample_patients(keys, self._resamples, self._seed)
         weights = drawn.for_rows(keys.patient_ids, slice(None))
-        count = len(set(folds))
-        return float(1 - share.sum() / count), 1 - weights @ share.to_numpy() / count
+        return float(1 - share.sum()), 1 - weights @ share.to_numpy()
 
 
 def estimate(value: float, drawn: FloatArray) -> Estimate:
@@ -117,7 +120,7 @@ def results_table(
 ) -> pd.DataFrame:
     """One row for each target, arm and embedding.
 
-    Columns: target, arm, embedding, folds, seeds, r2 (low, high), fold_sd; gain over lr with the same embedding (low,
+    Columns: target, arm, embedding, cells, seeds, r2 (low, high); gain over lr with the same embedding (low,
     high); gap, hr - lr with the same embedding (low, high); recovery (low, high), empty without a gap; below_primary:
     the arm `primary` minus this one (low, high), for negative controls and variants.
 
@@ -131,9 +134,11 @@ def results_table(
     rows = []
     for target in targets:
         own = answers[answers["target"] == target]
+        truth = own.drop_duplicates("view")["truth"]
+        variance = float(np.nanvar(truth))
         losses: dict[Arm, GroupLosses] = {}
         for (arm, embedding), part in own.groupby(["arm", "embedding"], sort=False):
-            found = group_losses(part)
+            found = group_losses(part, variance)
             if found is not None:
                 losses[str(arm), str(embedding)] = found
         rows += [_row(target, arm, losses, bootstrap, primary) for arm in losses]
@@ -146,23 +151,22 @@ def _row(
     own = losses[arm]
     name, embedding = arm
     row: dict[str, Any] = {"target": target, "arm": name, "embedding": embedding}
-    row |= {"folds": len(own.folds), "seeds": own.seeds}
-    row |= _three("r2", estimate(*bootstrap.r2(own, own.folds))) | {"fold_sd": float(own.by_fold().std())}
+    row |= {"cells": len(own.cells), "seeds": own.seeds} | _three("r2", estimate(*bootstrap.r2(own, own.cells)))
 
-    def paired(other: Arm) -> tuple[tuple[float, FloatArray], tuple[float, FloatArray], list[int]] | None:
+    def paired(other: Arm) -> tuple[tuple[float, FloatArray], tuple[float, FloatArray], set[tuple[int, int]]] | None:
         if other not in losses or other == arm:
             return None
-        folds = sorted(set(own.folds) & set(losses[other].folds))
-        return (bootstrap.r2(own, folds), bootstrap.r2(losses[other], folds), folds) if folds else None
+        cells = own.cells & losses[other].cells
+        return (bootstrap.r2(own, cells), bootstrap.r2(losses[other], cells), cells) if cells else None
 
     # Arms without an embedding of their own (ceiling, colours) are held against the best-known one, the class token.
     kind = embedding if ("lr", embedding) in losses else "cls"
     against = paired(("lr", kind))
     if against is not None:
-        mine, low, folds = against
+        mine, low, cells = against
         row |= _three("gain", estimate(mine[0] - low[0], mine[1] - low[1]))
         if ("hr", kind) in losses and name != "hr":
-            high = bootstrap.r2(losses["hr", kind], folds)
+            high = bootstrap.r2(losses["hr", kind], cells)
             row |= _three("gap", estimate(high[0] - low[0], high[1] - low[1]))
             row |= _three("recovery", recovery(mine, low, high))
     unbroken = paired((primary, embedding)) if primary is not None and name not in ("hr", "lr", "random") else None
@@ -184,14 +188,10 @@ def retrieval_table(retrieval: pd.DataFrame, resamples: int, last_layer: int) ->
     for arm, part in retrieval.groupby("arm", sort=False):
         for layer in sorted(set(part["layer"].tolist())):
             own = part[part["layer"] == layer]
-            mean = own.groupby(["fold", "group"])["share"].mean()
-            folds = mean.index.get_level_values("fold")
-            # Each fold counts alike, and within it each group.
-            share = (mean / mean.groupby(level="fold").transform("size")).rename("share")
-            losses = GroupLosses(tuple(int(f) for f in folds.unique()), int(own["seed"].nunique()), share)
-            value, drawn = Bootstrap(resamples).r2(losses, losses.folds)
+            losses = GroupLosses(own.groupby(["seed", "fold", "group"])["share"].agg(["sum", "count"]))
+            value, drawn = Bootstrap(resamples).r2(losses, losses.cells)
             found = estimate(1 - value, 1 - drawn)
-            row = {"arm": arm, "layer": int(layer), "last": int(layer) == last_layer, "folds": len(losses.folds)}
+            row = {"arm": arm, "layer": int(layer), "last": int(layer) == last_layer, "cells": len(losses.cells)}
             rows.append(row | {"seeds": losses.seeds} | _three("retrieval", found))
     return pd.DataFrame(rows)
 
