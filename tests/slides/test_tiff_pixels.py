@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
+import imagecodecs
 import numpy as np
 import openslide
 import pytest
@@ -97,3 +99,13 @@ def test_a_marker_does_not_outvote_the_photometric_tag(tmp_path, write_tiff, fla
 def test_associated_images_are_no_levels(shared_data):
     slide = open_slide(shared_data / "slides" / "CMU-1-Small-Region.svs", reader="tiff")
     assert [(level.width_px, level.height_px) for level in slide.levels] == [(2220, 2967)]
+
+
+def test_every_colour_of_jpeg_2000s_ycbcr(tmp_path, write_tiff, flavours):
+    """All pairs of Cb and Cr, whose conversion has halves to round: one pixel in ten thousand shows another table."""
+    blue, red = np.meshgrid(np.arange(256), np.arange(256))
+    luma = np.random.default_rng(0).integers(0, 256, (256, 256))
+    image = np.stack([luma, blue, red], axis=-1).astype(np.uint8)
+    lossless = partial(imagecodecs.jpeg2k_encode, level=0, codecformat="j2k", reversible=True)
+    flavour = replace(flavours["jpeg2000-ycbcr"], encode=lambda tile: bytes(lossless(tile)))
+    check_against_openslide(write_tiff(tmp_path / "a.svs", [image], flavour))

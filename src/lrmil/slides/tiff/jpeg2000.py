@@ -14,6 +14,7 @@ import struct
 import cv2
 import imagecodecs
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from lrmil.slides.blocks import DecodeError
@@ -145,11 +146,16 @@ def _stretched(data: bytes) -> bytes:
     return bytes(header) + data[len(header) :]
 
 
-_CENTRED = np.arange(256) - 128.0
-_RED_OF_CR = np.floor(1.402 * _CENTRED + 0.5).astype(np.int16)
-_BLUE_OF_CB = np.floor(1.772 * _CENTRED + 0.5).astype(np.int16)
-_GREEN_OF_CB = np.rint(-0.34414 * 65536 * _CENTRED).astype(np.int32)
-_GREEN_OF_CR = np.rint(-0.71414 * 65536 * _CENTRED + 32768).astype(np.int32)
+def _table(factor: float) -> npt.NDArray[np.int32]:
+    """Tabulate a multiple of a centred sample, halves rounded away from zero."""
+    centred = np.arange(256) - 128
+    return (np.sign(factor * centred) * np.floor(np.abs(factor * centred) + 0.5)).astype(np.int32)
+
+
+_RED_OF_CR = _table(1.402).astype(np.int16)
+_BLUE_OF_CB = _table(1.772).astype(np.int16)
+_GREEN_OF_CB = _table(-0.34414 * 65536)
+_GREEN_OF_CR = _table(-0.71414 * 65536) + 32768
 """JFIF's conversion, as OpenSlide tabulates it: factors with five digits, each entry rounded by itself. (libjpeg rounds
 the factor instead, and differs from that by a grey level in one pixel of ten thousand.)"""
 
