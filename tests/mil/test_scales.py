@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -166,6 +167,16 @@ def test_stored_features_are_checked() -> None:
 def test_thumbnails_are_checked(thumbnails: Tensor, message: str) -> None:
     with pytest.raises(HeadError, match=message):
         StoredScales({"high": torch.zeros(3, 4)}, thumbnails=thumbnails)
+
+
+def test_stored_features_travel_to_another_process() -> None:
+    images = torch.randint(0, 256, (8, 3, 3, 3), dtype=torch.uint8)
+    sent = StoredScales({"low": torch.randn(2, 5).half(), "high": torch.randn(8, 5)}, thumbnails=images)
+    arrived = pickle.loads(pickle.dumps(sent))
+    assert arrived.counts == sent.counts
+    for scale, count in sent.counts.items():
+        assert torch.equal(arrived.fetch(scale, torch.arange(count)), sent.fetch(scale, torch.arange(count)))
+    assert torch.equal(arrived.thumbnails(), images)
 
 
 def test_a_fourth_channel_of_thumbnails_is_dropped() -> None:

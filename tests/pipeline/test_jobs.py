@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lrmil.pipeline.jobs import HeadJob, do_job
+from lrmil.pipeline.jobs import BagJob, do_job
 from lrmil.training.objectives import make_objective
 from lrmil.training.stage2 import SlideBag, TeacherSettings
 
 
-def job_in(step: Path) -> HeadJob:
+def job_in(step: Path) -> BagJob:
     rng = np.random.default_rng(0)
     bags = tuple(SlideBag(f"S{i}", rng.normal(size=(5, 8)).astype(np.float32), i % 2) for i in range(8))
-    return HeadJob(
+    return BagJob(
         title="a head",
         step=step,
         key="key",

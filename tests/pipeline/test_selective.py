@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -24,8 +25,9 @@ from lrmil.inference.scales import THUMBNAIL, SlideScales
 from lrmil.mil import HeadSettings, PatchSource, StoredScales
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.encode import encode_children
+from lrmil.pipeline.jobs import do_jobs, job_outputs
 from lrmil.pipeline.scales import encode_scales, scale_sources
-from lrmil.pipeline.selective import answer_entry, selective_outputs, stored_selective_head, time_selective
+from lrmil.pipeline.selective import ChoiceJob, answer_entry, selective_job, stored_selective_head, time_selective
 from lrmil.pipeline.tile import tile_cohort
 from lrmil.pipeline.zoom_features import FileScales
 from lrmil.training.stage2 import TeacherSettings
@@ -62,7 +64,14 @@ class Bench:
 
     def outputs(self, head: str, **changes: Any) -> Any:
         settings = self.settings(head, **changes)
-        return selective_outputs(self.run, self.split, self.sources(head), head, settings, self.encoder)
+        return outputs_of(
+            self.run, selective_job(self.run, self.split, self.sources(head), head, settings, self.encoder)
+        )
+
+
+def outputs_of(run: Run, job: ChoiceJob) -> Any:
+    do_jobs(run, [job], workers=1)
+    return job_outputs(job)
 
 
 @pytest.fixture(scope="module")
@@ -275,14 +284,25 @@ def test_a_trained_head_is_kept_and_answers_come_from_disk(head: str, own: Bench
         *("done.json", "head.json", "head.safetensors", "history.json", "outputs.npz")
     }
     settings = own.settings(head)
-    everyone = selective_outputs(
-        own.run, own.split, own.sources(head), head, settings, own.encoder, slides=list(own.grids)
+    everyone = outputs_of(
+        own.run,
+        selective_job(own.run, own.split, own.sources(head), head, settings, own.encoder, slides=list(own.grids)),
     )
     assert work["train"] == 1
     assert work["predict"] == 2
     assert set(everyone) == set(own.grids)
     own.outputs(head, learning_rate=1e-3)
     assert work["train"] == 2
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_job_that_traveled_trains_the_same_head(own: Bench, head: str) -> None:
+    settings = own.settings(head)
+    job = selective_job(own.run, own.split, own.sources(head), head, settings, own.encoder)
+    stayed = outputs_of(own.run, job)
+    elsewhere = replace(pickle.loads(pickle.dumps(job)), step=job.step.with_name("elsewhere"))
+    for slide, output in outputs_of(own.run, elsewhere).items():
+        np.testing.assert_array_equal(output.probabilities, stayed[slide].probabilities)
 
 
 def test_training_looks_at_no_slide_of_the_test_part(own: Bench) -> None:
@@ -303,5 +323,6 @@ def test_training_looks_at_no_slide_of_the_test_part(own: Bench) -> None:
 
     spies: dict[str, Any] = {name: Spy(name) for name in sources}
     settings = own.settings("zoommil")
-    selective_outputs(own.run, own.split, spies, "zoommil", settings, own.encoder, slides=own.split.train[:1])
+    job = selective_job(own.run, own.split, spies, "zoommil", settings, own.encoder, slides=own.split.train[:1])
+    outputs_of(own.run, job)
     assert asked == {*own.split.train, *own.split.val}

@@ -9,11 +9,13 @@ The order within those r is free, as long as it is the same for every parent.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -113,6 +115,17 @@ class StoredScales:
             raise HeadError(f"parents are given for {sorted(unknown)}, but the scales are {names}, coarsest first.")
         self._thumbnails = None if thumbnails is None else _checked_thumbnails(thumbnails, self._counts[names[-1]])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Travel to another process as arrays, which several of them can map from one file."""
+        thumbnails = None if self._thumbnails is None else self._thumbnails.cpu().numpy()
+        return {"scales": {k: v.cpu().numpy() for k, v in self._scales.items()}, "thumbnails": thumbnails}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what `__getstate__` packed; it was checked there."""
+        self._scales = {name: _tensor(rows) for name, rows in state["scales"].items()}
+        self._counts = {name: len(rows) for name, rows in self._scales.items()}
+        self._thumbnails = None if state["thumbnails"] is None else _tensor(state["thumbnails"])
+
     @property
     def counts(self) -> Mapping[str, int]:
         """How many patches there are at each scale, coarsest first."""
@@ -178,6 +191,12 @@ class RecordedSource:
             ):
                 if rows:
                     raise HeadError(f"{len(rows)} rows of scale {scale!r} were {fault}, first row {min(rows)}.")
+
+
+def _tensor(array: npt.NDArray[Any]) -> Tensor:
+    with warnings.catch_warnings():  # mapped arrays cannot be written to, and nobody does
+        warnings.filterwarnings("ignore", message=".*not writable")
+        return torch.from_numpy(array)
 
 
 def _check_parents(parents: Tensor, count: int, ratio: int, scale: str) -> None:

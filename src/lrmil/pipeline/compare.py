@@ -17,12 +17,12 @@ from lrmil.pipeline.distill import stored_student
 from lrmil.pipeline.evaluate import TestPredictions, terminal_lines
 from lrmil.pipeline.feature_study import FeatureStudy
 from lrmil.pipeline.heads import Outputs, slide_bag, stored_head
-from lrmil.pipeline.jobs import HeadJob, do_jobs, job_outputs, workers_for
+from lrmil.pipeline.jobs import BagJob, HeadJob, do_jobs, job_outputs, workers_for
 from lrmil.pipeline.keys import head_key, outputs_key, results_key
 from lrmil.pipeline.methods import Method, baseline_settings, for_features, for_task, methods_named, reference_of
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.run import Outcome, mean_cost
-from lrmil.pipeline.selective import selective_outputs, stored_selective_head, time_selective
+from lrmil.pipeline.selective import ChoiceJob, selective_job, stored_selective_head, time_selective
 from lrmil.pipeline.student import lr_only_outputs
 from lrmil.pipeline.study import Study
 from lrmil.pipeline.timing import time_answers
@@ -111,7 +111,9 @@ def _predictions(study: AnyStudy, methods: Sequence[Method]) -> TestPredictions:
     if "lrmil" in sees and isinstance(study, Study):
         for stage in ("distill", "teacher", "student"):
             study.do(stage)
-    jobs = {m.name: _jobs(study, m, found) for m in methods if m.sees == "hr"}
+    jobs: dict[str, Sequence[HeadJob]] = {m.name: _jobs(study, m, found) for m in methods if m.sees == "hr"}
+    if isinstance(study, Study):
+        jobs |= {m.name: _choices(study, m, found) for m in methods if m.sees == "chosen"}
     workers = workers_for(run, run.settings.compare.jobs)
     count = sum(map(len, jobs.values()))
     if count:
@@ -121,23 +123,21 @@ def _predictions(study: AnyStudy, methods: Sequence[Method]) -> TestPredictions:
         for number, split in enumerate(study.folds):
             if method.sees == "nothing":
                 found.add_constant(split)
-            elif method.sees == "hr":
+            elif method.name in jobs:
                 found.add(method.title, split, job_outputs(jobs[method.name][number]))
             elif isinstance(study, Study):
-                found.add(method.title, split, _of_slides(study, method, split, found.asked(split)))
+                found.add(method.title, split, _of_slides(study, method, split))
     return found
 
 
-def _of_slides(study: Study, method: Method, split: Split, asked: Sequence[str]) -> Outputs:
-    """Return what a method says that needs more than the 20x features."""
-    if method.sees == "chosen":
-        return _chosen(study, method, split, asked)
+def _of_slides(study: Study, method: Method, split: Split) -> Outputs:
+    """Return what a method says that sees 5x."""
     if method.sees == "lr":
         return lr_only_outputs(study.run, split, study.frozen_lr_bags, study.frozen_lr_encoder)
     return study.student(split)
 
 
-def _jobs(study: AnyStudy, method: Method, found: TestPredictions) -> list[HeadJob]:
+def _jobs(study: AnyStudy, method: Method, found: TestPredictions) -> list[BagJob]:
     """Return the training of a head on 20x features, for every fold."""
     run = study.run
     features, settings = study.features, baseline_settings(study.run.settings, method)
@@ -149,7 +149,7 @@ def _jobs(study: AnyStudy, method: Method, found: TestPredictions) -> list[HeadJ
             tuple(slide_bag(run, study.hr_bags[s], s) for s in slides) for slides in (split.train, split.val, to_answer)
         )
         jobs.append(
-            HeadJob(
+            BagJob(
                 title=f"{method.title}, {split.title}",
                 step=run.folder.fold(split.name) / "heads" / method.name.replace(":", "_"),
                 key=key,
@@ -167,13 +167,22 @@ def _jobs(study: AnyStudy, method: Method, found: TestPredictions) -> list[HeadJ
     return jobs
 
 
-def _chosen(study: Study, method: Method, split: Split, asked: Sequence[str]) -> Outputs:
-    """Train a head that chooses its patches on one fold; return what it says about the slides `asked`."""
-    sources = study.sources(method.head)
-    settings = baseline_settings(study.run.settings, method)
-    return selective_outputs(
-        study.run, split, sources, method.name, settings, study.encoder, title=method.title, slides=asked
-    )
+def _choices(study: Study, method: Method, found: TestPredictions) -> list[ChoiceJob]:
+    """Return the training of a head that chooses its patches, for every fold."""
+    sources, settings = study.sources(method.head), baseline_settings(study.run.settings, method)
+    return [
+        selective_job(
+            study.run,
+            split,
+            sources,
+            method.name,
+            settings,
+            study.encoder,
+            title=method.title,
+            slides=found.asked(split),
+        )
+        for split in study.folds
+    ]
 
 
 def _require_heads(study: AnyStudy, methods: Sequence[Method]) -> None:

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from joblib import Parallel, delayed
 
+from lrmil.mil import MILHead
+from lrmil.mil.readout import Readout
 from lrmil.pipeline.context import Run
 from lrmil.pipeline.folder import RunFolder
 from lrmil.pipeline.heads import Outputs, load_outputs, store_outputs, store_trained, stored_head, stored_readout
+from lrmil.training.loop import OnEpoch
 from lrmil.training.objectives import Objective
+from lrmil.training.predict import BagPrediction
 from lrmil.training.stage2 import SlideBag, TeacherSettings, predict_bags, train_teacher
+
+Epochs = list[dict[str, Any]]
+"""What was noted of every epoch so far"""
 
 
 @dataclass(frozen=True)
-class HeadJob:
+class HeadJob(ABC):
     """All that training one head on labels takes, so that any process can do it. Same job, same head, wherever."""
 
     title: str
@@ -33,10 +42,42 @@ class HeadJob:
     objective: Objective
     seed: int
     device: str
+
+    @abstractmethod
+    def train_and_store(self, folder: RunFolder, epochs: Epochs, on_epoch: OnEpoch) -> tuple[str, ...]:
+        """Train the head and mark its folder as done; return what is to be told. `on_epoch` fills `epochs`."""
+
+    @abstractmethod
+    def answer(self, head: MILHead, readout: Readout) -> list[BagPrediction]:
+        """Ask the trained head."""
+
+
+@dataclass(frozen=True)
+class BagJob(HeadJob):
+    """A head on bags of one scale."""
+
     train: tuple[SlideBag, ...]
     val: tuple[SlideBag, ...]
     asked: tuple[SlideBag, ...]
     """What it answers"""
+
+    def train_and_store(self, folder: RunFolder, epochs: Epochs, on_epoch: OnEpoch) -> tuple[str, ...]:
+        """Train on labels alone."""
+        trained = train_teacher(
+            self.train,
+            self.val,
+            self.settings,
+            objective=self.objective,
+            seed=self.seed,
+            device=self.device,
+            on_epoch=on_epoch,
+        )
+        store_trained(folder, self.step, self.key, trained, epochs)
+        return tuple(trained.fit.notes)
+
+    def answer(self, head: MILHead, readout: Readout) -> list[BagPrediction]:
+        """Ask the trained head about its bags."""
+        return predict_bags(head, self.asked, device=self.device, readout=readout)
 
 
 @dataclass(frozen=True)
@@ -89,30 +130,19 @@ def do_job(job: HeadJob, parent: int | None = None) -> JobReport:
     notes: tuple[str, ...] = ()
     if not folder.is_done(job.step, job.key):
         folder.begin(job.step)
-        epochs: list[dict[str, object]] = []
+        epochs: Epochs = []
 
-        def on_epoch(record: dict[str, object]) -> None:
+        def on_epoch(record: dict[str, Any]) -> None:
             if parent is not None and os.getppid() != parent:
                 os._exit(1)
             epochs.append(record)
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module=r"lrmil\.")
-            trained = train_teacher(
-                job.train,
-                job.val,
-                job.settings,
-                objective=job.objective,
-                seed=job.seed,
-                device=job.device,
-                on_epoch=on_epoch,
-            )
-        notes = trained.fit.notes
-        store_trained(folder, job.step, job.key, trained, epochs)
+            notes = job.train_and_store(folder, epochs, on_epoch)
     facts = folder.done_facts(job.step)
     if load_outputs(job.step, job.outputs_key) is None:
-        head, readout = stored_head(job.step), stored_readout(job.step)
-        store_outputs(predict_bags(head, job.asked, device=job.device, readout=readout), job.step, job.outputs_key)
+        store_outputs(job.answer(stored_head(job.step), stored_readout(job.step)), job.step, job.outputs_key)
     score = {name: value for name, value in facts.items() if name.startswith("val_")}
     return JobReport(job.title, notes, facts["best_epoch"], score)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,29 +15,61 @@ from lrmil.files import write_json
 from lrmil.inference.prepare import prepare_slide
 from lrmil.inference.scales import THUMBNAIL
 from lrmil.inference.selective import answer_slide
-from lrmil.mil import MultiScaleHead, PatchSource
+from lrmil.mil import MILHead, MultiScaleHead, PatchSource
+from lrmil.mil.readout import Readout
 from lrmil.pipeline.context import Run, SlideEntry, Split
-from lrmil.pipeline.heads import (
-    Outputs,
-    best_score,
-    load_outputs,
-    store_head,
-    store_outputs,
-    stored_head,
-    stored_readout,
-)
+from lrmil.pipeline.folder import RunFolder
+from lrmil.pipeline.heads import best_score, store_head, stored_head
+from lrmil.pipeline.jobs import Epochs, HeadJob
 from lrmil.pipeline.keys import features_of, head_key, outputs_key
 from lrmil.pipeline.live_scales import live_scales
-from lrmil.pipeline.reporting import without_python_warnings
 from lrmil.pipeline.timing import SlideCost, kept_costs, timing_key
 from lrmil.settings import fingerprint
 from lrmil.slides import io_counter
+from lrmil.training.loop import OnEpoch
 from lrmil.training.multi_scale import SlideSource, predict_scales, train_scales
+from lrmil.training.predict import BagPrediction
 from lrmil.training.seeds import derive_seed
 from lrmil.training.stage2 import TeacherSettings
 
 
-def selective_outputs(
+@dataclass(frozen=True)
+class ChoiceJob(HeadJob):
+    """A head that chooses its patches."""
+
+    train: tuple[SlideSource, ...]
+    val: tuple[SlideSource, ...]
+    asked: tuple[SlideSource, ...]
+    """What it answers"""
+
+    def train_and_store(self, folder: RunFolder, epochs: Epochs, on_epoch: OnEpoch) -> tuple[str, ...]:
+        """Train in all the head's steps, see `train_scales`; if that is cut short it begins with the first again."""
+        trained = train_scales(
+            self.train,
+            self.val,
+            self.settings,
+            objective=self.objective,
+            seed=self.seed,
+            device=self.device,
+            on_epoch=on_epoch,
+        )
+        store_head(trained.head, self.step, trained.readout)
+        steps = {
+            name: {"best_epoch": fit.best_epoch, "selected_by": fit.selected_by, "notes": fit.notes}
+            for name, fit in trained.fits.items()
+        }
+        write_json(self.step / "history.json", {"epochs": epochs, "steps": steps, **list(steps.values())[-1]})
+        best = {"best_epoch": trained.fit.best_epoch, **best_score(trained.fit)}
+        folder.mark_done(self.step, self.key, **best, seconds=round(sum(f.seconds for f in trained.fits.values()), 2))
+        return tuple(f"step {name}: {note}" for name, fit in trained.fits.items() for note in fit.notes)
+
+    def answer(self, head: MILHead, readout: Readout) -> list[BagPrediction]:
+        """Ask the trained head about its slides."""
+        asked: Any = head.to(self.device)
+        return predict_scales(asked, self.asked, readout=readout)
+
+
+def selective_job(
     run: Run,
     split: Split,
     sources: Mapping[str, PatchSource],
@@ -46,12 +79,11 @@ def selective_outputs(
     *,
     title: str = "",
     slides: Collection[str] | None = None,
-) -> Outputs:
-    """Return what a selective head says about `slides`; train it on the fold first unless that is done.
+) -> ChoiceJob:
+    """Return the training of a selective head on a fold, and what it is to be asked about.
 
     Into folds/<fold>/heads/<method>/ go head.safetensors, head.json and history.json, then done.json; and outputs.npz,
-    with a key of its own. The seed is that of the teacher and of the other heads. It is trained in all its steps, see
-    `train_scales`, and if that is cut short begins with the first again.
+    with a key of its own. The seed is that of the teacher and of the other heads.
 
     Args:
         run: the run.
@@ -60,55 +92,24 @@ def selective_outputs(
         method: name of the folder, and what distinguishes it from other heads.
         settings: head (zoommil or hdmil) with options, recipe and its numbers.
         encoder: what made the features.
-        title: for the progress bar; default `method`.
-        slides: default the test slides of the fold.
-
-    Raises:
-        ConfigError, CorruptBag, HeadError, TrainingError: see `train_scales`.
+        title: for people; default `method`.
+        slides: what it answers; default the test slides of the fold.
     """
-    step = run.folder.fold(split.name) / "heads" / method
     key = head_key(run, split, features_of(run, encoder), method, settings)
-    if not run.folder.is_done(step, key):
-        run.folder.begin(step)
-        train, val = (_slides(run, split.of(part), sources) for part in ("train", "val"))
-        epochs: list[dict[str, Any]] = []
-        title = f"{title or method}, {split.title}"
-        with run.reporter.task(title, 0) as progress, without_python_warnings():
-
-            def on_epoch(record: dict[str, Any]) -> None:
-                epochs.append(record)
-                progress.advance(note=f"{record['step']}, epoch {record['epoch']}, val loss {record['val_loss']:.3f}")
-
-            trained = train_scales(
-                train,
-                val,
-                settings,
-                objective=run.objective,
-                seed=derive_seed(run.settings.seed, split.name, "head"),
-                device=run.device,
-                on_epoch=on_epoch,
-            )
-        for name, fit in trained.fits.items():
-            for note in fit.notes:
-                run.reporter.warn(f"{title}, step {name}: {note}")
-        store_head(trained.head, step, trained.readout)
-        steps = {
-            name: {"best_epoch": fit.best_epoch, "selected_by": fit.selected_by, "notes": fit.notes}
-            for name, fit in trained.fits.items()
-        }
-        write_json(step / "history.json", {"epochs": epochs, "steps": steps, **list(steps.values())[-1]})
-        best = {"best_epoch": trained.fit.best_epoch, **best_score(trained.fit)}
-        run.folder.mark_done(step, key, **best, seconds=round(sum(f.seconds for f in trained.fits.values()), 2))
-        run.reporter.event("head trained", head=title, **best)
     asked = split.test if slides is None else slides
-    wanted = outputs_key(run, key, asked)
-    outputs = load_outputs(step, wanted)
-    if outputs is None:
-        head, readout = stored_selective_head(run, split, method), stored_readout(step)
-        predictions = predict_scales(head, _slides(run, asked, sources), readout=readout)
-        store_outputs(predictions, step, wanted)
-        outputs = {p.slide_id: p for p in predictions}
-    return outputs
+    return ChoiceJob(
+        title=f"{title or method}, {split.title}",
+        step=run.folder.fold(split.name) / "heads" / method,
+        key=key,
+        outputs_key=outputs_key(run, key, asked),
+        settings=settings,
+        objective=run.objective,
+        seed=derive_seed(run.settings.seed, split.name, "head"),
+        device=str(run.device),
+        train=_slides(run, split.train, sources),
+        val=_slides(run, split.val, sources),
+        asked=_slides(run, asked, sources),
+    )
 
 
 def stored_selective_head(run: Run, split: Split, method: str) -> MultiScaleHead:
@@ -163,8 +164,8 @@ def answer_entry(run: Run, entry: SlideEntry, encoder: Encoder, head: MultiScale
     )
 
 
-def _slides(run: Run, slides: Collection[str], sources: Mapping[str, PatchSource]) -> list[SlideSource]:
-    return [SlideSource(slide, sources[slide], **run.truth(slide)) for slide in slides]
+def _slides(run: Run, slides: Collection[str], sources: Mapping[str, PatchSource]) -> tuple[SlideSource, ...]:
+    return tuple(SlideSource(slide, sources[slide], **run.truth(slide)) for slide in slides)
 
 
 def _checksum(head: MultiScaleHead) -> str:
