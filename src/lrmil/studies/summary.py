@@ -51,7 +51,7 @@ class GroupLosses:
     @property
     def cells(self) -> set[tuple[int, int]]:
         """(seed, fold) that are finished."""
-        return {(int(seed), int(fold)) for seed, fold in self.error.index.droplevel("group").unique()}
+        return {(int(seed), int(fold)) for seed, fold, _ in self.error.index}
 
     @property
     def seeds(self) -> int:
@@ -60,7 +60,7 @@ class GroupLosses:
 
     def share(self, cells: Collection[tuple[int, int]]) -> pd.Series:
         """By group, what it adds to 1 - R2 over these cells."""
-        own = self.error[[(s, f) in cells for s, f in self.error.index.droplevel("group")]]
+        own = self.error[[(seed, fold) in cells for seed, fold, _ in self.error.index]]
         regions = own["count"].groupby(level="seed").transform("sum")
         seeds = own.index.get_level_values("seed").nunique()
         return (own["sum"] / regions / seeds).groupby(level="group").sum()
