@@ -282,7 +282,7 @@ def test_a_damaged_tile_gives_no_other_pixels_than_openslides(
     write_tiff(path, [image, halved(image)], replace(flavours[name], tile_px=(128, 128)))
     offset, length = tile_bytes(path, 1, 0)
     for _ in range(data.draw(st.integers(1, 4))):
-        # At 11 and 12 a JPEG may state the revision of its JFIF marker: nothing depends on it, and OpenSlide refuses it.
+        # At 11 and 12 a JPEG may state the revision of its JFIF marker: nothing depends on it, but OpenSlide minds.
         place = data.draw(st.integers(0, length - 1).filter(lambda at: at not in (11, 12)))
         patch(path, offset + place, bytes([data.draw(st.integers(0, 255))]))
     got = []
