@@ -72,8 +72,8 @@ class Scope:
     stream_blocks: int = 6
     """side in blocks of the slide that threads read from"""
     stream_rounds: int = 7
-    tool_regions: int = 144
-    tool_rounds: int = 3
+    tool_regions: int = 64
+    tool_rounds: int = 2
     gigapixels: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 8.0, 10.0)
     """8.0 stands for 100,000 x 80,000 px"""
     gpu_regions: int = 600

@@ -25,7 +25,7 @@ from lrmil.slides import open_slide
 
 TOOLS = {"openslide": "OpenSlide", "tiffslide": "tiffslide", "fastslide": "fastslide"}
 """modules and names; each is read patch by patch in a DataLoader of torch, and resized by Pillow"""
-BATCH = 64
+BATCH = 16
 _LIMIT_S = 120.0
 """for one batch; a tool that takes longer is given up"""
 

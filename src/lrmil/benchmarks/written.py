@@ -23,7 +23,8 @@ from lrmil.benchmarks.material import FRINGE, GLASS, ISLAND, TISSUE, TURNED, Mat
 
 Codec = Literal["JPEG 4:4:4", "JPEG 4:2:0", "JPEG 2000"]
 TILE_PX = 256
-_JPEG_QUALITY = 80
+_JPEG_QUALITY = 70
+"""as Aperio's scanners are commonly set"""
 _JPEG2000_DB = 40
 _APERIO_JPEG2000_RGB = 33005
 _SUBSAMPLING = {"JPEG 4:4:4": ("444", (1, 1)), "JPEG 4:2:0": ("420", (2, 2))}
