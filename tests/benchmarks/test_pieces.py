@@ -32,7 +32,7 @@ BLOCK = 1024
 @pytest.fixture(scope="module")
 def stock() -> TileStock:
     rng = np.random.default_rng(5)
-    coarse = (rng.random((64, 64, 1)) * np.array([60, 80, 60]) + np.array([150, 60, 110])).astype(np.uint8)
+    coarse = (rng.random((20, 20, 1)) * np.array([60, 80, 60]) + np.array([150, 60, 110])).astype(np.uint8)
     piece = cv2.resize(coarse, (512, 512), interpolation=cv2.INTER_CUBIC)
     return TileStock(Material(piece, "drawn", BLOCK, seed=0))
 
