@@ -184,6 +184,14 @@ def test_markdown_escapes_bars() -> None:
     assert r"d\|e" in text
 
 
+def test_differences_table_tells_each_note_once(simulate: Simulate) -> None:
+    rng = np.random.default_rng(0)
+    others = {name: simulate(rng, 20) for name in ("one", "two")}
+    frame = compare_methods(simulate(rng, 20), others, "auc", seed=0, permutations=99)
+    frame["note"] = ["few patients; no DeLong" if method == "one" else "few patients" for method in frame["method"]]
+    assert differences_table(frame).notes[1:] == ("all methods: few patients.", "one: no DeLong.")
+
+
 def test_differences_table_prints_signs_and_small_p_values(simulate: Simulate) -> None:
     rng = np.random.default_rng(0)
     ours = simulate(rng, 60, separation=3.0)

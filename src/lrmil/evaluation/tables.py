@@ -404,14 +404,25 @@ def differences_table(differences: pd.DataFrame, title: str = "") -> TextTable:
     header = ["Against", "Metric", "Difference [95 % interval]", "p, permutation", "p, Holm"]
     header += ["p, DeLong"] if parametric else []
     table = TextTable.of(title, header, rows)
-    noted = differences[differences["note"] != ""]
-    notes = [f"{row['method']}: {row['note']}." for row in noted.to_dict("records")]
     lead = (
         "Paired over the same patients: bootstrap interval; permutations swap whole patients between the methods; "
         "Holm over the baselines, for each metric by itself (a dash: no baseline)"
     )
     lead += "; DeLong within folds, for two classes and one slide per patient." if parametric else "."
-    return replace(table, notes=(lead, *notes))
+    return replace(table, notes=(lead, *_shared_notes(differences)))
+
+
+def _shared_notes(differences: pd.DataFrame) -> list[str]:
+    """Tell each note once, with the methods that it is about."""
+    about: dict[str, dict[str, None]] = {}
+    for method, notes in zip(differences["method"], differences["note"], strict=True):
+        for note in filter(None, str(notes).split("; ")):
+            about.setdefault(note, {})[str(method)] = None
+    everyone = set(map(str, differences["method"]))
+    return [
+        f"{'all methods' if 1 < len(methods) == len(everyone) else ', '.join(methods)}: {note}."
+        for note, methods in about.items()
+    ]
 
 
 def p_value_text(value: float) -> str:
