@@ -16,6 +16,7 @@ SOURCE = ROOT / "src" / "lrmil"
 ROOMS = {
     "cli": "one file per group of verbs: parse, call, print",
     "benchmarks": "how fast reading and answering are, as ratios in one run",
+    "studies": "what the method does to an encoder: probes, negative controls",
     "pipeline": "the stages from cohort to deployed model, each resumable",
     "cohorts": "tables of slides and labels; simulated and assembled slides",
     "inference": "bundle, prediction, heatmap: all that deployment needs",

@@ -22,6 +22,7 @@ from lrmil.evaluation import (
 )
 from lrmil.evaluation.comparison import file_name
 from lrmil.evaluation.comparison_figures import difference_forest
+from lrmil.evaluation.comparison_files import write_comparison
 
 Simulate = Callable[..., Predictions]
 GROUPS = {
@@ -166,7 +167,7 @@ def test_write_holds_everything_and_removes_what_an_earlier_comparison_left(
     for stale in ("predictions/old.csv", "patients.md", "figure_old.png"):
         (tmp_path / stale).write_text("old")
     (tmp_path / "mine.txt").write_text("kept")
-    written = comparison.write(tmp_path)
+    written = write_comparison(comparison, tmp_path)
     there = {p for p in tmp_path.rglob("*") if p.is_file()}
     assert there == {*written, tmp_path / "mine.txt"}
     names = {p.name for p in written}
@@ -183,7 +184,7 @@ def test_write_holds_everything_and_removes_what_an_earlier_comparison_left(
 def test_methods_whose_names_give_one_file_name_get_two_files(simulate: Simulate, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     both = {name: simulate(rng, 30) for name in ("torchmil:SETMIL", "torchmil/SETMIL", "LRMIL")}
-    _compare(both).write(tmp_path, figures=False)
+    write_comparison(_compare(both), tmp_path, figures=False)
     assert len(list((tmp_path / "predictions").glob("*.csv"))) == 3
     assert file_name("../CLAM-MB (CE)") == "clam-mb_ce"
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from lrmil.errors import ConfigError
 from lrmil.evaluation import Cost, Values, compare_report, constant_answer, log_rank
+from lrmil.evaluation.comparison_files import write_comparison
 from lrmil.evaluation.plots import to_image
 from lrmil.evaluation.regression_plots import predicted_against_true
 from lrmil.evaluation.survival import kaplan_meier, risk_groups
@@ -100,7 +101,7 @@ def test_comparison_of_numbers(simulate_values: SimulateValues, tmp_path: Path) 
         resamples=50,
         permutations=99,
     )
-    names = {p.name for p in comparison.write(tmp_path)}
+    names = {p.name for p in write_comparison(comparison, tmp_path)}
     assert {"figure_predicted_against_true.png", "figure_mae_against_seconds.png", "folds.csv"} <= names
     assert not {"figure_roc.png", "calibration.csv", "reliability.csv"} & names
     table = comparison.paper_table()
@@ -133,7 +134,7 @@ def test_comparison_of_survival_divides_risk_by_training_thresholds(
         "permutations": 99,
     }
     comparison = compare_report(methods, thresholds={"LRMIL": limits}, **given)  # type: ignore[arg-type]
-    names = {p.name for p in comparison.write(tmp_path)}
+    names = {p.name for p in write_comparison(comparison, tmp_path)}
     assert {"figure_survival_lrmil.png", "risk.csv", "risk.md", "risk.tex"} <= names
     patients, high = risk_groups(methods["LRMIL"], limits)
     row = comparison.risk.iloc[0]

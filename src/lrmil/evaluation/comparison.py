@@ -161,46 +161,6 @@ class Comparison:
         }
         return {name: table for name, table in found.items() if table is not None}
 
-    def write(self, folder: str | os.PathLike[str], *, figures: bool = True) -> tuple[Path, ...]:
-        """Write every table as CSV, Markdown and LaTeX, per-fold scores, predictions and figures; return the paths.
-
-        Files of an earlier comparison in the same folder are replaced, and those that this one does not write removed.
-        """
-        root = Path(folder)
-        frames = {
-            "results": self.results,
-            "paper": paper_frame(self.results),
-            "patients": self.patients,
-            "differences": self.differences,
-            "folds": self.folds,
-            "calibration": self.calibration,
-            "reliability": self.reliability,
-            "times": self.times,
-            "risk": self.risk,
-        }
-        written: list[Path] = []
-        for name, frame in frames.items():
-            if not frame.empty:
-                write_results(root / f"{name}.csv", frame)
-                written.append(root / f"{name}.csv")
-        for name, table in self.tables().items():
-            write_text(root / f"{name}.md", to_markdown(table))
-            write_text(root / f"{name}.tex", to_latex(table, label=f"tab:{file_name(self.title)}-{name}"))
-            written += [root / f"{name}.md", root / f"{name}.tex"]
-        for path, found in _prediction_files(root / "predictions", self.predictions).items():
-            found.write_csv(path)
-            written.append(path)
-        if figures:
-            # Matplotlib is loaded only where it is needed.
-            from lrmil.evaluation.comparison_figures import comparison_figures
-            from lrmil.evaluation.plots import save_figure
-
-            for name, figure in comparison_figures(self).items():
-                save_figure(root / f"{name}.png", figure)
-                written.append(root / f"{name}.png")
-        _remove_others(root, written)
-        return tuple(written)
-
 
 def compare_report(
     predictions: Mapping[str, Scored],
@@ -374,25 +334,3 @@ def _heading(column: str) -> str:
         "bytes_per_slide": "Bytes / slide",
     }
     return known.get(column) or f"{column.removesuffix('_s')} (s)"
-
-
-def _prediction_files(folder: Path, predictions: Mapping[str, Scored]) -> dict[Path, Scored]:
-    """A file for each method; names that would be the same file are told apart by a number."""
-    files: dict[Path, Scored] = {}
-    for method, found in predictions.items():
-        name, path, number = file_name(method), folder / f"{file_name(method)}.csv", 1
-        while path in files:
-            number += 1
-            path = folder / f"{name}_{number}.csv"
-        files[path] = found
-    return files
-
-
-def _remove_others(root: Path, written: Sequence[Path]) -> None:
-    """Delete what an earlier comparison left here under names that only `write` gives."""
-    tables = ("results", "paper", "patients", "differences", "folds", "calibration", "reliability", "times", "risk")
-    mine = [root / f"{name}.{suffix}" for name in tables for suffix in ("csv", "md", "tex")]
-    mine += [*root.glob("predictions/*.csv"), *root.glob("figure_*.png")]
-    for path in mine:
-        if path not in written:
-            path.unlink(missing_ok=True)

@@ -12,9 +12,10 @@ from lrmil.mil import pooling as pooling  # enters mean_pool, max_pool
 from lrmil.mil import transmil as transmil  # enters transmil
 from lrmil.mil import zoommil as zoommil  # enters zoommil
 from lrmil.mil.base import HeadOutput, MILHead
+from lrmil.mil.card import HeadCard
 from lrmil.mil.load import load_original
 from lrmil.mil.multi_scale import MultiScaleHead, MultiScaleOutput
-from lrmil.mil.registry import HeadCard, HeadSettings, create_head, head_card, head_cards, register_head
+from lrmil.mil.registry import HeadSettings, create_head, head_card, head_cards, register_head
 from lrmil.mil.scales import PatchSource, RecordedSource, StoredScales
 
 __all__ = [

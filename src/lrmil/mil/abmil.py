@@ -19,7 +19,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lrmil.mil.base import HeadOutput, MILHead
-from lrmil.mil.registry import HeadCard, register_head
+from lrmil.mil.card import HeadCard
+from lrmil.mil.registry import register_head
 from lrmil.settings import Settings
 
 InstanceClassifier = Literal["none", "hidden", "features"]

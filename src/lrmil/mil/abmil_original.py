@@ -23,8 +23,9 @@ from torch import Tensor
 from lrmil.errors import HeadError
 from lrmil.mil.abmil import ABMIL, ABMILOptions
 from lrmil.mil.base import HeadOutput
+from lrmil.mil.card import HeadCard
 from lrmil.mil.label import class_index
-from lrmil.mil.registry import HeadCard, register_head
+from lrmil.mil.registry import register_head
 
 _CLAMP = 1e-5
 

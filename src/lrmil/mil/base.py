@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lrmil.errors import HeadError
+from lrmil.mil.card import HeadCard
 from lrmil.settings import Settings
-
-if TYPE_CHECKING:
-    from lrmil.mil.registry import HeadCard
 
 
 @dataclass(frozen=True, slots=True)

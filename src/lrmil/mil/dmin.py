@@ -34,11 +34,12 @@ from torch import Tensor, nn
 
 from lrmil.errors import HeadError
 from lrmil.mil.base import HeadOutput, MILHead
+from lrmil.mil.card import HeadCard
 from lrmil.mil.chebyshev import ChebyshevInit, ChebyshevLayer
 from lrmil.mil.instance_loss import judge_instances
 from lrmil.mil.label import class_index
 from lrmil.mil.recipe import Recipe
-from lrmil.mil.registry import HeadCard, register_head
+from lrmil.mil.registry import register_head
 from lrmil.mil.smooth_top1_svm import smooth_top1_svm
 from lrmil.settings import Settings
 

@@ -57,9 +57,10 @@ from torch import Tensor, nn
 
 from lrmil.errors import HeadError
 from lrmil.mil.base import HeadOutput, MILHead
+from lrmil.mil.card import HeadCard
 from lrmil.mil.label import class_index
 from lrmil.mil.recipe import Recipe
-from lrmil.mil.registry import HeadCard, register_head
+from lrmil.mil.registry import register_head
 from lrmil.settings import Settings
 
 

@@ -28,12 +28,13 @@ from torch import Tensor
 
 from lrmil.errors import HeadError
 from lrmil.mil.base import HeadOutput
+from lrmil.mil.card import HeadCard
 from lrmil.mil.dmin import DMIN, DMINOptions, hard_gate, pool_kept
 from lrmil.mil.dmin import RECIPE as DMIN_RECIPE
 from lrmil.mil.lipn import LIPN, lipn_losses
 from lrmil.mil.multi_scale import MultiScaleHead, MultiScaleOutput
 from lrmil.mil.recipe import Recipe
-from lrmil.mil.registry import HeadCard, register_head
+from lrmil.mil.registry import register_head
 from lrmil.mil.scales import PatchSource
 
 TargetMode = Literal["eval", "train"]

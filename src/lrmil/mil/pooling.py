@@ -14,7 +14,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lrmil.mil.base import HeadOutput, MILHead
-from lrmil.mil.registry import HeadCard, register_head
+from lrmil.mil.card import HeadCard
+from lrmil.mil.registry import register_head
 from lrmil.settings import Settings
 
 _CITATION = "Wang et al., Revisiting multiple instance neural networks, Pattern Recognition 2018"

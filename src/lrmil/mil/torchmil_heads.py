@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 from lrmil.errors import HeadError
 from lrmil.mil.base import HeadOutput, MILHead
+from lrmil.mil.card import HeadCard
 from lrmil.mil.label import class_index
 from lrmil.mil.positions import grid_positions, neighbour_edges
-from lrmil.mil.registry import HeadCard
 from lrmil.settings import Settings
 
 PREFIX = "torchmil:"

@@ -22,10 +22,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from lrmil.mil.card import HeadCard
 from lrmil.mil.multi_scale import MultiScaleHead, MultiScaleOutput
 from lrmil.mil.perturbed_topk import Jacobian, perturbed_topk
 from lrmil.mil.recipe import Recipe
-from lrmil.mil.registry import HeadCard, register_head
+from lrmil.mil.registry import register_head
 from lrmil.mil.scales import PatchSource, children_of, ratio_between
 from lrmil.settings import Settings
 

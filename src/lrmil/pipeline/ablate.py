@@ -16,6 +16,7 @@ from lrmil.distill import resolve_layers
 from lrmil.errors import CohortError, ConfigError, GridMismatch, SlideTooCoarse
 from lrmil.evaluation import Cost, Scored, TextTable, concatenate, write_results
 from lrmil.evaluation.comparison import Comparison, compare_report
+from lrmil.evaluation.comparison_files import write_comparison
 from lrmil.evaluation.metrics import metric
 from lrmil.evaluation.table_formats import to_latex, to_markdown
 from lrmil.evaluation.tables import metric_text, paper_metrics
@@ -120,7 +121,7 @@ def _carry_out(study: Study, plan: Plan, folder: Path) -> Outcome:
         censoring=said.censoring,
     )
     with reporter.stage("report", f"Writing {folder.name}"):
-        comparison.write(folder)
+        write_comparison(comparison, folder)
         _write_more(comparison, plan, folder)
     run.folder.mark_done(folder, key)
     reporter.event(f"{plan.name} finished", failures=len(run.failures))

@@ -9,6 +9,7 @@ from typing import Any
 from lrmil.errors import ConfigError, HeadError
 from lrmil.evaluation import Cost, Scored, concatenate
 from lrmil.evaluation.comparison import Comparison, compare_report
+from lrmil.evaluation.comparison_files import write_comparison
 from lrmil.mil import create_head, head_cards
 from lrmil.pipeline.cohort import brings_features_alone, settings_cohort
 from lrmil.pipeline.config import RunSettings
@@ -89,7 +90,7 @@ def compare(settings: RunSettings, reporter: Reporter) -> Outcome:
         censoring=censoring,
     )
     with reporter.stage("report", "Writing the comparison"):
-        comparison.write(folder.comparison)
+        write_comparison(comparison, folder.comparison)
     folder.mark_done(folder.comparison, key)
     reporter.event("comparison finished", failures=len(study.run.failures))
     return Outcome(folder, study.run.failures, _summary(comparison, study))
