@@ -39,7 +39,7 @@ def area_resample(
         cut = pixels[int(y0) : int(y1), int(x0) : int(x1)]
         if factor_x == factor_y == 1:
             return np.array(cut)
-        mean = cv2.resize(np.ascontiguousarray(cut), size_px, interpolation=cv2.INTER_AREA)
+        mean = cv2.resize(cut, size_px, interpolation=cv2.INTER_AREA)
         return np.asarray(mean, np.uint8).reshape(height, width, pixels.shape[2])
     return np.rint(area_mean(pixels, (x0, y0, x1, y1), size_px)).astype(np.uint8)
 

@@ -306,7 +306,7 @@ class Feed:
                     tray.failed[place] = failed[i]
                 elif task.job.error is not None:
                     tray.failed[place] = str(task.job.error)
-            if any(not tray.missing for tray, _ in task.places):
+            if self._is_ready():
                 self._changed.notify_all()
 
 

@@ -50,6 +50,8 @@ class _Request:
     step: int
     """how many pixels of the level, along both axes, go into one of the sample; 0 where that, or the upper left corner,
     is not whole"""
+    aligned: bool
+    """whether the upper left corner is a multiple of the step, where tiles can be averaged one by one"""
     reduction: int
     """at which part of their size tiles are decoded that have no padding in the last group"""
 
@@ -159,13 +161,14 @@ class TiffSlide(Slide):
         """Say how a sample is made: which part of their size its tiles are decoded at."""
         x0, y0, x1, y1 = (snap(edge / level.downsample) for edge in box_l0)
         step_x, step_y = snap((x1 - x0) / size_px[0]), snap((y1 - y0) / size_px[1])
-        step, reduction = 0, 1
+        step, aligned, reduction = 0, False, 1
         if step_x == step_y and step_x >= 1 and step_x.is_integer() and x0.is_integer() and y0.is_integer():
             step = int(step_x)
+            aligned = x0 % step == 0 and y0 % step == 0
             factor = next((f for f in _FACTORS if step % f == 0), 1)
             if factor > 1 and x0 % factor == 0 and y0 % factor == 0:
                 reduction = self._images[level.index].decoder.reduction(factor)
-        return _Request((x0, y0, x1, y1), step, reduction)
+        return _Request((x0, y0, x1, y1), step, aligned, reduction)
 
     def _sample(self, level: Level, box_l0: Box, size_px: tuple[int, int], out: UInt8Array | None = None) -> Sample:
         """As every slide does; the part that consists of whole averages within the level is made without detours."""
@@ -194,12 +197,13 @@ class TiffSlide(Slide):
         """Put the pixels `inner` of a request into `rgb`; return which share of each was scanned, None: all of it."""
         step, reduction = request.step, request.reduction
         left, top = round(request.box_px[0]) + inner.x_px * step, round(request.box_px[1]) + inner.y_px * step
-        if step == reduction:
-            holes = self._assemble(level, left, top, reduction, rgb)
+        width, height = self._images[level.index].tile_px
+        if request.aligned and width % step == height % step == 0:
+            holes = self._assemble(level, left, top, step, reduction, rgb)
         else:
             times = step // reduction
             picture = self._scratch_picture(inner.width_px * times, inner.height_px * times)
-            holes = self._assemble(level, left, top, reduction, picture)
+            holes = self._assemble(level, left, top, reduction, reduction, picture)
             rgb[...] = area_resample(picture, (0, 0, picture.shape[1], picture.shape[0]), inner.size_px)
         if holes is None:
             return None
@@ -218,21 +222,22 @@ class TiffSlide(Slide):
 
     def _read_level(self, level: Level, x_px: int, y_px: int, width_px: int, height_px: int) -> UInt8Array:
         rgb = np.empty((height_px, width_px, 3), np.uint8)
-        holes = self._assemble(level, x_px, y_px, 1, rgb)
+        holes = self._assemble(level, x_px, y_px, 1, 1, rgb)
         if holes is None:
             return rgb
         return np.dstack([rgb, np.where(holes, 0, 255).astype(np.uint8)])
 
     def _assemble(
-        self, level: Level, left: int, top: int, reduction: int, canvas: UInt8Array
+        self, level: Level, left: int, top: int, step: int, reduction: int, canvas: UInt8Array
     ) -> npt.NDArray[np.bool_] | None:
-        """Fill `canvas` with the level at 1/`reduction`; return which of its pixels were never scanned, None: none.
+        """Fill `canvas` with the level at 1/`step`; return which of its pixels were never scanned, None: none.
 
-        `left` and `top` are in pixels of the level and multiples of `reduction`.
+        Tiles are decoded at 1/`reduction`, and averaged one by one where that is less. `left` and `top` are in pixels
+        of the level; they and the sides of a tile are multiples of `step`.
         """
         image = self._images[level.index]
         width, height = image.tile_px
-        right, bottom = left + canvas.shape[1] * reduction, top + canvas.shape[0] * reduction
+        right, bottom = left + canvas.shape[1] * step, top + canvas.shape[0] * step
         rect = image.rect(level.index, left, top, right, bottom, reduction)
         tiles = iter(self._fetch(rect))
         holes = None
@@ -244,20 +249,20 @@ class TiffSlide(Slide):
                 x = column * width
                 x0, x1 = max(x, left), min(x + width, right)
                 place = (
-                    slice((y0 - top) // reduction, (y1 - top) // reduction),
-                    slice((x0 - left) // reduction, (x1 - left) // reduction),
+                    slice((y0 - top) // step, (y1 - top) // step),
+                    slice((x0 - left) // step, (x1 - left) // step),
                 )
                 if tile is None:
                     canvas[place] = self.background_rgb
                     holes = np.zeros(canvas.shape[:2], np.bool_) if holes is None else holes
                     holes[place] = True
-                elif len(tile) * reduction == height:
-                    canvas[place] = tile[
-                        (y0 - y) // reduction : (y1 - y) // reduction, (x0 - x) // reduction : (x1 - x) // reduction
-                    ]
-                else:  # decoded fully, see `TileStore.reduction_of`
-                    part, size = (x0 - x, y0 - y, x1 - x, y1 - y), ((x1 - x0) // reduction, (y1 - y0) // reduction)
-                    canvas[place] = area_resample(tile, part, size)
+                else:
+                    own = height // len(tile)  # 1 instead of the reduction in some tiles, see `TileStore.reduction_of`
+                    part = tile[(y0 - y) // own : (y1 - y) // own, (x0 - x) // own : (x1 - x) // own]
+                    if own < step:
+                        size = (x1 - x0) // step, (y1 - y0) // step
+                        part = area_resample(part, (0, 0, part.shape[1], part.shape[0]), size)
+                    canvas[place] = part
         return holes
 
     def close(self) -> None:
@@ -273,13 +278,11 @@ class TiffSlide(Slide):
 def _inner(request: _Request, size_px: tuple[int, int], level_px: tuple[int, int]) -> Block | None:
     """Return the output pixels that lie within the level altogether, or None where there are none."""
     step, x0, y0 = request.step, round(request.box_px[0]), round(request.box_px[1])
-    first = [max(0, -(start // step)) for start in (x0, y0)]
-    stop = [
-        min(count, (length - start) // step) for count, length, start in zip(size_px, level_px, (x0, y0), strict=True)
-    ]
-    if stop[0] <= first[0] or stop[1] <= first[1]:
+    first_x, first_y = max(0, -(x0 // step)), max(0, -(y0 // step))
+    stop_x, stop_y = min(size_px[0], (level_px[0] - x0) // step), min(size_px[1], (level_px[1] - y0) // step)
+    if stop_x <= first_x or stop_y <= first_y:
         return None
-    return Block(first[0], first[1], stop[0] - first[0], stop[1] - first[1])
+    return Block(first_x, first_y, stop_x - first_x, stop_y - first_y)
 
 
 def _around(inner: Block, size_px: tuple[int, int]) -> list[Block]:

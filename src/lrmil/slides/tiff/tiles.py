@@ -8,12 +8,10 @@ than fits, tiles used longest ago go first, and are decoded again.
 from __future__ import annotations
 
 import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
 
 from lrmil.slides.blocks import DecodeError
 from lrmil.slides.resample import UInt8Array
@@ -62,8 +60,8 @@ class TileStore:
         """of decoded tiles that are kept"""
         self._file, self._images, self._stats = file, images, stats
         self._tiles: OrderedDict[_Key, UInt8Array] = OrderedDict()
-        self._expected: dict[tuple[int, int], npt.NDArray[np.uint16]] = {}
-        """by level and reduction, (down, across): how many announced requests still need each tile"""
+        self._expected: dict[tuple[int, int], array[int]] = {}
+        """by level and reduction, then by index: how many announced requests still need each tile"""
         self._decoding: set[_Key] = set()
         self._waiting = 0
         self._lock = threading.Lock()
@@ -75,9 +73,12 @@ class TileStore:
             for rect in rects:
                 image = self._images[rect.level]
                 key = rect.level, rect.reduction
-                if key not in self._expected:
-                    self._expected[key] = np.zeros((image.down, image.across), np.uint16)
-                self._expected[key][rect.first_row : rect.last_row, rect.first_column : rect.last_column] += 1
+                expected = self._expected.get(key)
+                if expected is None:
+                    expected = self._expected[key] = array("L", [0]) * (image.down * image.across)
+                for row in range(rect.first_row, rect.last_row):
+                    for index in range(row * image.across + rect.first_column, row * image.across + rect.last_column):
+                        expected[index] += 1
 
     def withdraw(self) -> None:
         """Forget what was announced and has not been fetched."""
@@ -234,9 +235,10 @@ class TileStore:
             expected = self._expected.get((rect.level, rect.reduction))
             if expected is None:
                 return
-            part = expected[rect.first_row : rect.last_row, rect.first_column : rect.last_column]
-            for i in np.flatnonzero(part == 1).tolist():
-                tile = self._tiles.pop(keys[i], None)
+            for key in keys:
+                times = expected[key[1]]
+                if times:
+                    expected[key[1]] = times - 1
+                tile = self._tiles.pop(key, None) if times == 1 else None
                 if tile is not None:
                     self.bytes -= tile.nbytes
-            part -= part > 0
