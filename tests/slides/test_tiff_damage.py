@@ -7,10 +7,12 @@ import pickle
 import re
 import struct
 import threading
+import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -159,19 +161,66 @@ def _set_offset(path, index, offset):
     patch(path, where + 4 * index, struct.pack("<I", offset))
 
 
-def test_a_bomb_is_not_inflated(tmp_path, write_tiff, flavours, tissue):
-    bomb = zlib.compress(bytes(20_000_000), 9)
-    flavour = flavours["deflate"]
+def huge(data, marker, skip, size):
+    """Let a compressed stream say that it is of this size: so many bytes behind its marker."""
+    position = data.index(marker) + skip
+    return data[:position] + size + data[position + len(size) :]
+
+
+BOMBS = {
+    "deflate": lambda tile, encode: zlib.compress(bytes(20_000_000), 9),
+    "lzw": lambda tile, encode: bytes(imagecodecs.lzw_encode(bytes(20_000_000))),
+    "jpeg-420": lambda tile, encode: huge(encode(tile), b"\xff\xc0", 5, struct.pack(">HH", 65500, 65500)),
+    "jpeg2000-rgb": lambda tile, encode: huge(encode(tile), b"\xff\x51", 6, struct.pack(">II", 2**31, 2**31)),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_not_inflated(tmp_path, write_tiff, flavours, tissue, name):
+    flavour = replace(flavours[name], tile_px=(128, 128))
     state = iter(range(100))
-    path = write_tiff(
-        tmp_path / "a.tif",
-        [tissue[:256, :512]],
-        replace(flavour, encode=lambda tile: bomb if next(state) == 1 else flavour.encode(tile)),
-    )
+
+    def encode(tile):
+        return BOMBS[name](tile, flavour.encode) if next(state) == 1 else flavour.encode(tile)
+
+    path = write_tiff(tmp_path / "a.tif", [tissue[:256, :512]], replace(flavour, encode=encode))
     slide = open_slide(path, reader="tiff")
-    with pytest.raises(UnreadableRegion, match="deflate"):
-        slide.read_box((256, 0, 512, 128), (10, 10))
-    assert slide.read_box((0, 0, 256, 128), (256, 128)).any()
+    tracemalloc.start()
+    with pytest.raises(UnreadableRegion, match="tile 1, 0: "):
+        slide.read_box((128, 0, 384, 128), (10, 10))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5_000_000
+    assert slide.read_box((256, 0, 512, 128), (256, 128)).any()
+
+
+@pytest.fixture
+def tables(tmp_path, write_tiff, flavours, tissue):
+    """A slide of shared JPEG tables; where they begin, and their bytes."""
+    path = write_tiff(tmp_path / "a.tif", [tissue, halved(tissue)], flavours["jpeg-420-shared-tables"])
+    length, where = struct.unpack("<II", path.read_bytes()[entry_of(path, 347) + 4 :][:8])
+    return path, where, path.read_bytes()[where : where + length]
+
+
+def test_shared_tables_that_are_none(tables):
+    path, where, data = tables
+    patch(path, where, bytes(len(data)))
+    assert "shared JPEG tables are damaged" in refused(path)
+
+
+def test_shared_tables_that_end_early(tables):
+    path, _, data = tables
+    patch(path, entry_of(path, 347) + 4, struct.pack("<I", len(data) // 2))
+    assert "shared JPEG tables are damaged" in refused(path)
+
+
+@pytest.mark.parametrize("marker", [b"\xff\xdb", b"\xff\xc4"], ids=["quantization", "Huffman"])
+def test_shared_tables_that_are_impossible(tables, marker):
+    """Of a number that does not exist: nothing that a tile says can be trusted then, and nothing of it is shown."""
+    path, where, data = tables
+    patch(path, where + data.index(marker) + 4, b"\x0f")
+    with pytest.raises(UnreadableRegion, match="JPEG: "):
+        TiffSlide(path, 0.25).read_box((0, 0, 64, 64), (64, 64))
 
 
 def test_a_damaged_first_tile_does_not_decide(tmp_path, write_tiff, flavours, tissue):
