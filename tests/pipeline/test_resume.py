@@ -65,7 +65,7 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(
 ) -> None:
     out = tmp_path / "run"
     encoded: Counter[str] = Counter()
-    watch("lrmil.pipeline.encode._child_bag", lambda run, entry, *args: encoded.update([entry.slide_id]))
+    watch("lrmil.pipeline.encode._child_bag", lambda entry, *args: encoded.update([entry.slide_id]))
     for target, count in POINTS:
         with pytest.MonkeyPatch.context() as patch:
             _arm(patch, target, Killer(count))

@@ -305,7 +305,8 @@ def _fat(
     seeds = jittered_grid(rng, width_um, height_um, 58, 0.7)
     distance, _ = _two_nearest(seeds, grid[fatty] + 3.0 * warp[fatty][:, 2:])
     fat_um[fatty] = (distance[:, 1] - distance[:, 0]) / 2 - 0.7
-    edge = cv2.distanceTransform(fatty.astype(np.uint8), cv2.DIST_L2, 3) * STEP_UM
+    # Where all is fat there is no edge, and the distance to it is the largest float.
+    edge = np.minimum(cv2.distanceTransform(fatty.astype(np.uint8), cv2.DIST_L2, 3), 1e6) * STEP_UM
     return np.minimum(fat_um, edge - 4).astype(np.float32)
 
 
