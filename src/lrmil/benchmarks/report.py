@@ -57,7 +57,8 @@ def print_report(console: Console, facts: dict[str, Any], parts: Sequence[Part])
     missed = [check for part in parts for check in part.checks if not check.met]
     total = sum(len(part.checks) for part in parts)
     console.print(f"\n{in_one_line(facts['machine'])}", markup=False, highlight=False)
-    console.print(f"{total - len(missed)} of {total} targets met.", markup=False, highlight=False)
+    if total:
+        console.print(f"{total - len(missed)} of {total} targets met.", markup=False, highlight=False)
     for check in missed:
         console.print(f"missed: {in_words(check)}", style="red", markup=False, highlight=False)
 
@@ -84,7 +85,8 @@ def _head(facts: dict[str, Any], parts: Sequence[Part]) -> list[str]:
     ]
     if facts["settings"]["quick"]:
         lines.append("- **A quick run, to see whether all works: its numbers mean nothing.**")
-    lines += ["", f"{len(checks) - len(missed)} of {len(checks)} targets met."]
+    if checks:
+        lines += ["", f"{len(checks) - len(missed)} of {len(checks)} targets met."]
     if missed:
         lines += ["", "Missed:", "", *(f"- {in_words(check)}" for check in missed)]
     return lines
