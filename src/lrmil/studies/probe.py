@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from lrmil.studies.ceiling import ceiling_answers, train_ceiling
 from lrmil.studies.fields import Field, FloatArray, load_fields
 from lrmil.studies.matches import MatchedViews, slot_retrieval, student_blocks
 from lrmil.studies.ridge import ridge_probe
-from lrmil.studies.settings import EMBEDDINGS, EmbeddingKind, ProbeSettings, Stage1Recipe
+from lrmil.studies.settings import EMBEDDINGS, CeilingSettings, ProbeSettings, Stage1Recipe
 from lrmil.studies.taught import TaughtViews, Teacher, join
 from lrmil.studies.views import probe_views, training_views
 from lrmil.training.folds import Splits, make_folds
@@ -36,7 +36,7 @@ from lrmil.training.loop import FitResult
 from lrmil.training.seeds import derive_seed
 from lrmil.training.stage1 import Stage1Settings, distil_encoder
 
-_METHOD = 2
+_METHOD = 3
 """Raised whenever the same settings give other numbers than before; finished cells are then done anew."""
 Features = npt.NDArray[np.floating]
 
@@ -56,6 +56,14 @@ class Cell:
         return f"{self.arm}/seed{self.seed}_fold{self.fold}.json"
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What one encoder sees in the practice views and in the probe views, by embedding; (n, E) each."""
+
+    practice: Mapping[str, Features]
+    probe: Mapping[str, Features]
+
+
 @dataclass
 class ProbeStudy:
     """A study with all that its cells share."""
@@ -69,7 +77,6 @@ class ProbeStudy:
     splits: dict[int, Splits]
     """by seed"""
     key: str
-    _taught: dict[tuple[int, int, int], TaughtViews] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, settings: ProbeSettings, reporter: Reporter) -> ProbeStudy:
@@ -97,13 +104,16 @@ class ProbeStudy:
     def cells(self) -> Iterator[Cell]:
         """All cells, in the order in which they are done: one recipe in all folds, then more recipes, seeds."""
         s = self.settings
-        folds = range(s.num_folds)
-        many = {recipe.name: s.seeds[: recipe.seeds] for recipe in s.recipes}
-        yield from (Cell("reference", fold, seed) for seed in s.seeds for fold in folds)
+        yield from (Cell("reference", fold, seed) for seed in s.seeds for fold in range(s.num_folds))
         for number, recipe in enumerate(s.recipes):
-            yield from (Cell(recipe.name, fold, seed, recipe) for seed in many[recipe.name] for fold in folds)
+            yield from (Cell(recipe.name, fold, seed, recipe) for seed, fold in self._runs(recipe))
             if number == 0 and s.ceiling is not None:
-                yield from (Cell("ceiling", fold, seed) for seed in s.seeds[: s.ceiling.seeds] for fold in folds)
+                yield from (Cell("ceiling", fold, seed) for seed, fold in self._runs(s.ceiling))
+
+    def _runs(self, arm: Stage1Recipe | CeilingSettings) -> list[tuple[int, int]]:
+        """(seed, fold) in which an arm is trained."""
+        s = self.settings
+        return [(seed, fold) for seed in s.seeds[: arm.seeds] for fold in range(s.num_folds)[: arm.folds]]
 
     def stored(self, cell: Cell) -> dict[str, Any] | None:
         """Return what a finished cell found, None where it is not done with these settings."""
@@ -123,7 +133,7 @@ class ProbeStudy:
         else:
             found = self._recipe(cell, cell.recipe)
         found |= {"key": self._key(cell), "arm": cell.arm, "fold": cell.fold, "seed": cell.seed}
-        found["views"] = [int(i) for i in self._probe_rows(cell, "test")]
+        found["views"] = self._rows(self.probe, cell, "test").tolist()
         found["seconds"] = round(time.monotonic() - began, 1)
         write_json(self.folder / "cells" / cell.path, found)
         return found
@@ -142,49 +152,46 @@ class ProbeStudy:
     @cached_property
     def groups(self) -> npt.NDArray[np.str_]:
         """Group of each probe view."""
-        return np.array([self.fields[i].group for i in self.probe.field])
+        return self._groups(self.probe)
 
     @cached_property
-    def frozen(self) -> dict[str, dict[EmbeddingKind, Features] | Features]:
-        """What the arms without training see in the probe views."""
-        images, s = self.probe.images, self.settings
-        found: dict[str, dict[EmbeddingKind, Features] | Features] = {
-            "hr": _kinds(self.probe.embedding),
-            "lr": _kinds(embed(self.encoder, images, precision=s.precision).embedding),
-            "colour": colours(images),
+    def practice(self) -> TaughtViews:
+        """The training views of all fields, the same number of each.
+
+        Stage 1 learns from those of its training fields; probes are fitted on those of all fields that are not tested.
+        """
+        s = self.settings
+        most = -(-s.train_views // (len(self.fields) * (s.num_folds - 2) // s.num_folds))
+        side_px, parts = s.patch_px * s.ratio, []
+        with self.reporter.task("Encoding the children of training regions", len(self.fields)) as task:
+            for number, own in enumerate(self.fields):
+                views = training_views(own, most, side_px, s.views_seed)
+                parts.append(self.teacher.views(number, own, views, f"seed{s.views_seed}"))
+                task.advance()
+        return join(parts)
+
+    @cached_property
+    def frozen(self) -> dict[str, Seen]:
+        """What the arms without training see."""
+        s = self.settings
+        found = {
+            "hr": Seen(_kinds(self.practice.embedding), _kinds(self.probe.embedding)),
+            "lr": self._seen_by(self.encoder),
+            "colour": Seen({"colours": colours(self.practice.images)}, {"colours": colours(self.probe.images)}),
         }
         if s.random_seed is not None:
-            untrained = _build(s, s.random_seed)
-            found["random"] = _kinds(embed(untrained, images, precision=s.precision).embedding)
+            found["random"] = self._seen_by(_build(s, s.random_seed))
         return found
 
     def taught(self, cell: Cell, part: str, count: int) -> TaughtViews:
         """Return `count` training views of the fields of a part of a fold, spread evenly over them."""
-        s = self.settings
-        numbers, seed = self._fields_of(cell, part), s.views_seed
-        side_px = s.patch_px * s.ratio
-        # The same number of views of every field, whatever its part, so that folds share what the teacher said.
-        most = -(-s.train_views // (len(self.fields) * (s.num_folds - 2) // s.num_folds))
-        each = -(-count // len(numbers))
-        views = []
-        with self.reporter.task(f"Encoding the children of {part} regions", len(numbers)) as task:
-            for number in numbers:
-                name = (seed, number, most)
-                if name not in self._taught:
-                    wanted = training_views(self.fields[number], most, side_px, seed)
-                    self._taught[name] = self.teacher.views(number, self.fields[number], wanted, f"seed{seed}")
-                views.append(self._taught[name])
-                task.advance()
-        order = [(number, view) for view in range(min(each, most)) for number in range(len(numbers))][:count]
-        starts = np.cumsum([0, *(len(v) for v in views[:-1])])
-        rows = np.array([starts[number] + view for number, view in order])
-        return join(views).take(rows)
+        rows = self._rows(self.practice, cell, part)
+        # The first view of every field, then the second of every field, and so on.
+        turn = rows - np.searchsorted(self.practice.field, self.practice.field[rows])
+        return self.practice.take(rows[np.lexsort((rows, turn))][:count])
 
     def _reference(self, cell: Cell) -> dict[str, Any]:
-        answers = []
-        for arm, features in self.frozen.items():
-            kinds = features if isinstance(features, dict) else {"colours": features}
-            answers += self._probe(arm, kinds, cell)
+        answers = [answer for arm, seen in self.frozen.items() for answer in self._probe(arm, seen, cell)]
         return {"answers": answers, "retrieval": self._retrieval(self.encoder, cell, (self.encoder.depth - 1,))}
 
     def _recipe(self, cell: Cell, recipe: Stage1Recipe) -> dict[str, Any]:
@@ -210,10 +217,9 @@ class ProbeStudy:
                 seed=seed,
                 on_epoch=lambda record: task.advance(note=f"val loss {record['val_loss']:.4f}"),
             )
-        seen = embed(student, self.probe.images, precision=s.precision).embedding
         layers = resolve_layers(loss.layers, self.encoder.depth)
         return {
-            "answers": self._probe(recipe.name, _kinds(seen), cell),
+            "answers": self._probe(recipe.name, self._seen_by(student), cell),
             "retrieval": self._retrieval(student, cell, layers),
             "fit": _told(fit),
         }
@@ -226,22 +232,31 @@ class ProbeStudy:
         )
         seed = derive_seed(cell.seed, "ceiling", cell.fold)
         network, fit = train_ceiling(copy.deepcopy(self.encoder), train, val, s.ceiling, seed=seed)
-        said = ceiling_answers(network, self.probe.take(self._probe_rows(cell, "test")))
+        said = ceiling_answers(network, self.probe.take(self._rows(self.probe, cell, "test")))
         answers = [
             {"arm": "ceiling", "embedding": "direct", "target": target, "alpha": None, "predicted": said[:, column]}
             for column, target in enumerate(s.targets)
         ]
         return {"answers": answers, "fit": _told(fit)}
 
-    def _probe(self, arm: str, kinds: Mapping[Any, Features], cell: Cell) -> list[dict[str, Any]]:
+    def _seen_by(self, encoder: Encoder) -> Seen:
+        """What an encoder sees in the regions at low resolution."""
+        practice, probe = (
+            _kinds(embed(encoder, views.images, precision=self.settings.precision).embedding)
+            for views in (self.practice, self.probe)
+        )
+        return Seen(practice, probe)
+
+    def _probe(self, arm: str, seen: Seen, cell: Cell) -> list[dict[str, Any]]:
         """Ridge probes of each embedding for each target, fitted on the training and validation groups."""
-        test = self._probe_rows(cell, "test")
-        known = np.concatenate([self._probe_rows(cell, "train"), self._probe_rows(cell, "val")])
+        test = self._rows(self.probe, cell, "test")
+        known = np.concatenate([self._rows(self.practice, cell, part) for part in ("train", "val")])
+        groups = self._groups(self.practice)[known]
         answers = []
-        for kind, features in kinds.items():
+        for kind, features in seen.practice.items():
             for column, target in enumerate(self.settings.targets):
-                truth = self.probe.truth[known, column]
-                said = ridge_probe(features[known], truth, self.groups[known], features[test])
+                truth = self.practice.truth[known, column]
+                said = ridge_probe(features[known], truth, groups, seen.probe[kind][test])
                 answers.append(
                     {"arm": arm, "embedding": kind, "target": target, "alpha": said.alpha, "predicted": said.predicted}
                 )
@@ -249,7 +264,7 @@ class ProbeStudy:
 
     def _retrieval(self, student: Encoder, cell: Cell, layers: tuple[int, ...]) -> dict[str, list[float]]:
         """Slot retrieval on the test views, by distilled layer."""
-        views = self.probe.take(self._probe_rows(cell, "test"))
+        views = self.probe.take(self._rows(self.probe, cell, "test"))
         s = self.settings
         found = {}
         for layer in layers:
@@ -257,20 +272,21 @@ class ProbeStudy:
             found[str(layer)] = slot_retrieval(blocks, views.cls[layer]).tolist()
         return found
 
-    def _probe_rows(self, cell: Cell, part: str) -> npt.NDArray[np.int64]:
-        return np.flatnonzero(self.splits[cell.seed].part_of(cell.fold, list(self.groups)) == part)
+    def _groups(self, views: TaughtViews) -> npt.NDArray[np.str_]:
+        return np.array([own.group for own in self.fields])[views.field]
 
-    def _fields_of(self, cell: Cell, part: str) -> list[int]:
+    def _rows(self, views: TaughtViews, cell: Cell, part: str) -> npt.NDArray[np.int64]:
+        """Return which views show groups of a part of the cell's fold."""
         parts = self.splits[cell.seed].part_of(cell.fold, [own.group for own in self.fields])
-        return [int(i) for i in np.flatnonzero(parts == part)]
+        return np.flatnonzero((parts == part)[views.field])
 
     def _key(self, cell: Cell) -> str:
         if cell.recipe is not None:
             return fingerprint(
-                self.key, cell.recipe.model_dump(mode="json", exclude={"name", "title", "seeds"}), cell.seed
+                self.key, cell.recipe.model_dump(mode="json", exclude={"name", "title", "seeds", "folds"}), cell.seed
             )
         ceiling = self.settings.ceiling if cell.arm == "ceiling" else None
-        own = None if ceiling is None else ceiling.model_dump(mode="json", exclude={"seeds"})
+        own = None if ceiling is None else ceiling.model_dump(mode="json", exclude={"seeds", "folds"})
         return fingerprint(self.key, cell.arm, own, cell.seed)
 
 
@@ -304,7 +320,7 @@ def _build(settings: ProbeSettings, random_seed: int | None = None) -> Encoder:
     )
 
 
-def _kinds(embedding: Features) -> dict[EmbeddingKind, Features]:
+def _kinds(embedding: Features) -> dict[str, Features]:
     """(n, 2 W) class token and token mean to the three that are probed."""
     width = embedding.shape[1] // 2
     return dict(zip(EMBEDDINGS, (embedding[:, :width], embedding[:, width:], embedding), strict=True))

@@ -50,6 +50,7 @@ class Stage1Recipe(Settings):
     learning_rate: float = Field(1e-4, gt=0, description="Adam's")
     epochs: int = Field(6, ge=1, description="at most this many; the one of lowest validation loss is kept")
     seeds: int | None = Field(None, ge=1, description="do the first so many seeds only; null: all")
+    folds: int | None = Field(None, ge=1, description="do the first so many folds only; null: all")
     children: Children = Field("own", description="own; or a negative control: transposed, shuffled, foreign")
 
     def loss(self, depth: int) -> Stage1LossSettings:
@@ -68,6 +69,7 @@ class CeilingSettings(Settings):
     batch_size: int = Field(32, ge=1, description="regions a step")
     epochs: int = Field(6, ge=1, description="at most this many; the one of lowest validation loss is kept")
     seeds: int | None = Field(None, ge=1, description="do the first so many seeds only; null: all")
+    folds: int | None = Field(None, ge=1, description="do the first so many folds only; null: all")
 
 
 class ProbeSettings(Settings):
