@@ -228,3 +228,34 @@ def test_what_is_held_is_bounded(tmp_path, write_tiff, flavours, tissue):
     assert (slide.read_box((0, 0, 900, 700), (900, 700)) == want).all()
     assert slide._tiles.bytes == 0
     slide.close()
+
+
+@pytest.mark.parametrize("name", ["jpeg-444", "jpeg-420", "jpeg-422"])
+def test_regions_find_the_tiles_that_the_overview_has_decoded(tmp_path, write_tiff, flavours, tissue, name):
+    height, width = 640, 896
+    slide = open_slide(
+        write_tiff(tmp_path / "a.tif", [tissue[:height, :width]], flavours[name]), reader="tiff", mpp=0.5
+    )
+    overview = slide.overview(8.0)
+    decoded = slide.stats.tiles_decoded
+    boxes = [(x, y, x + 256, y + 256) for y in range(0, height - 255, 128) for x in range(0, width - 255, 128)]
+    slide.announce([(box, (64, 64)) for box in boxes])
+    regions = [slide.read_box(box, (64, 64)) for box in boxes]
+    assert slide.stats.tiles_decoded == decoded
+    for (x, y, *_), region in zip(boxes, regions, strict=True):
+        seen = overview.rgb[y // 16 : y // 16 + 16, x // 16 : x // 16 + 16].astype(float)
+        means = region.reshape(16, 4, 16, 4, 3).mean(axis=(1, 3))
+        assert np.abs(seen - means).max() <= 1, "the mean of the same pixels"
+
+
+def test_tiles_of_the_overview_that_no_region_needs_are_dropped(tmp_path, write_tiff, flavours, tissue):
+    path = write_tiff(tmp_path / "a.tif", [tissue[:640, :896]], flavours["jpeg-444"])
+    slide = open_slide(path, reader="tiff", mpp=0.5)
+    slide.overview(8.0)
+    everything = slide._tiles.bytes
+    slide.announce([((0, 0, 256, 256), (64, 64))])
+    needed = {(ref.column, ref.row) for ref in slide.tiles_of((0, 0, 256, 256), (64, 64))}
+    assert 0 < slide._tiles.bytes < everything
+    assert len(slide._tiles._tiles) == len(needed)
+    slide.read_box((0, 0, 256, 256), (64, 64))
+    assert slide._tiles.bytes == 0

@@ -34,8 +34,12 @@ from lrmil.slides.tiff.understand import understand
 
 READER = "tiff"
 
-CACHE_BYTES = 64 * 2**20
-"""Decoded tiles kept for each open slide: about 330 of 256 x 256 px."""
+CACHE_BYTES = 128 * 2**20
+"""Decoded tiles kept for each open slide: about 680 of 256 x 256 px, or 10,000 of them at 1/4."""
+
+SHARED_MPP = 2.1
+"""A level from which 5x is read (2 um/px, and 5 % for odd scanners) is decoded no coarser than that for an overview
+either: the regions then find the tiles that the search for tissue has decoded."""
 
 _FACTORS = (8, 4, 2)
 _SCRATCH_BYTES = 4 * 2**20
@@ -165,10 +169,16 @@ class TiffSlide(Slide):
         if step_x == step_y and step_x >= 1 and step_x.is_integer() and x0.is_integer() and y0.is_integer():
             step = int(step_x)
             aligned = x0 % step == 0 and y0 % step == 0
-            factor = next((f for f in _FACTORS if step % f == 0), 1)
+            factor = next((f for f in _FACTORS if step % f == 0 and f <= self._coarsest(level, step)), 1)
             if factor > 1 and x0 % factor == 0 and y0 % factor == 0:
                 reduction = self._images[level.index].decoder.reduction(factor)
         return _Request((x0, y0, x1, y1), step, aligned, reduction)
+
+    def _coarsest(self, level: Level, step: int) -> float:
+        """Return the coarsest reduction at which tiles of a level are decoded to be averaged to 1/`step`."""
+        mpp = self.mpp * level.downsample
+        shared = step * mpp > SHARED_MPP and self.level_for(SHARED_MPP) is level
+        return SHARED_MPP / mpp if shared else math.inf
 
     def _sample(self, level: Level, box_l0: Box, size_px: tuple[int, int], out: UInt8Array | None = None) -> Sample:
         """As every slide does; the part that consists of whole averages within the level is made without detours."""

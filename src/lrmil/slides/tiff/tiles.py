@@ -79,6 +79,19 @@ class TileStore:
                 for row in range(rect.first_row, rect.last_row):
                     for index in range(row * image.across + rect.first_column, row * image.across + rect.last_column):
                         expected[index] += 1
+            # What was decoded before, to find the tissue, say, stays where it is going to be read, and nowhere else.
+            for kept in [tile for tile in self._tiles if not self._is_expected(tile)]:
+                self.bytes -= self._tiles.pop(kept).nbytes
+
+    def _is_expected(self, key: _Key) -> bool:
+        level, index, reduction = key
+        image = self._images[level]
+        row, column = divmod(index, image.across)
+        # Tiles with padding are decoded fully for requests of any reduction.
+        asked = (
+            r for own, r in self._expected if own == level and self.reduction_of(level, column, row, r) == reduction
+        )
+        return any(self._expected[level, r][index] for r in asked)
 
     def withdraw(self) -> None:
         """Forget what was announced and has not been fetched."""
