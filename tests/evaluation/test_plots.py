@@ -104,6 +104,22 @@ def test_scatter_shows_each_timed_method_once_and_others_as_lines(simulate: Simu
     assert isinstance(to_image(metric_against_seconds(undefined)), bytes)
 
 
+def test_names_of_points_do_not_cover_that_of_a_line() -> None:
+    rows = [
+        ("LRMIL", "Ours", 0.6, 0.15),
+        ("TransMIL", "Full HR", 0.5276, 1.64),
+        ("Majority class", "Reference", 0.5, None),
+    ]
+    columns = ["method", "group", "auc", "seconds_per_slide"]
+    frame = pd.DataFrame(rows, columns=columns).astype({"seconds_per_slide": float})
+    frame["auc_low"], frame["auc_high"] = frame["auc"] - 0.2, frame["auc"] + 0.2
+    figure = metric_against_seconds(frame)
+    figure.draw_without_rendering()
+    boxes = {text.get_text(): text.get_window_extent() for text in figure.axes[0].texts}
+    assert set(boxes) == set(frame["method"])
+    assert not boxes["TransMIL"].overlaps(boxes["Majority class"])
+
+
 def test_reliability_uses_every_slide(simulate: Simulate) -> None:
     p = simulate(np.random.default_rng(0), 40)
     line = next(line for line in reliability({"ours": p}).axes[0].lines if line.get_label() == "ours")

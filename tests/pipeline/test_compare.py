@@ -14,7 +14,7 @@ import pytest
 from lrmil.errors import ConfigError, HeadError
 from lrmil.evaluation.predictions import Predictions
 from lrmil.pipeline.compare import compare
-from lrmil.pipeline.config import PAPER_METHODS, RunSettings
+from lrmil.pipeline.config import PAPER_METHODS, RunSettings, load_config, save_config
 from lrmil.pipeline.methods import METHODS, for_features, for_task, methods_named
 from lrmil.pipeline.reporting import Reporter
 
@@ -144,6 +144,19 @@ def test_the_default_list_loses_what_cannot_learn_the_task(lab: Any, tmp_path: P
         assert line == f"Left out of the methods: hdmil, which cannot learn {meaning}.\n"
     # What was asked for by name stays, and is refused by its name later on.
     assert chosen("regression", compare={"methods": ["abmil", "hdmil"]}) == (["abmil", "hdmil"], "")
+
+
+@pytest.mark.parametrize("named", [None, ["abmil", "hdmil"]])
+def test_a_saved_config_names_no_methods_but_those_that_were_named(
+    lab: Any, tmp_path: Path, named: list[str] | None
+) -> None:
+    changes = {} if named is None else {"compare": {"methods": named}}
+    settings = lab.settings(tmp_path / "run", cohort={"kind": "regression"}, **changes)
+    save_config(settings, tmp_path / "saved.yaml")
+    saved = load_config(tmp_path / "saved.yaml")
+    assert saved == settings
+    found = for_task(saved, quiet()).compare.methods
+    assert ("hdmil" in found) == (named is not None)
 
 
 def test_features_alone_and_a_task_shorten_the_same_list(lab: Any, tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def bench(
     **reading**: our reader against OpenSlide + area resize, at 5x and 20x, one thread. **answer**: a whole answer at 5x
     against 20x, by part. **tools**: against OpenSlide in a DataLoader, tiffslide and fastslide, where installed.
     **size**: seconds and peak memory from 0.1 to 10 gigapixels. **threads**: the stream on all cores, and a GPU where
-    there is one. **heads**: steps per second and memory of each MIL head, beside torchmil's (a further ten minutes).
+    there is one. **heads**: steps per second and memory of each MIL head, beside torchmil's (more than half an
+    hour on two cores).
 
     Beside real slides it writes its own into a temporary folder (up to 1 GB at a time). Ten minutes on two quiet cores.
     Targets that are missed are listed at the end; they do not change the exit code.

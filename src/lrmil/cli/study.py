@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from lrmil.pipeline.reporting import Reporter
 
 Config = Annotated[Path, typer.Argument(help="Config of the study, like evidence/probe-tissue.yaml.")]
 Override = Annotated[
@@ -38,14 +41,11 @@ def probe(
     images. Resumes; each recipe, fold and seed is done once. Writes to the study's output folder: cells.csv,
     results.csv, retrieval.csv, summary.json, table.md and figures.
     """
-    from lrmil.pipeline.reporting import Reporter
     from lrmil.studies.run import run_probe
     from lrmil.studies.settings import load_study
 
     settings = load_study(config, overrides)
-    assert settings.out is not None
-    reporter = Reporter(Path(settings.out) / "log.jsonl", quiet=quiet)
-    for path in run_probe(settings, reporter, publish=publish, train=train):
+    for path in run_probe(settings, _reporter(settings.out, quiet), publish=publish, train=train):
         print(path)
 
 
@@ -61,11 +61,16 @@ def controls(
     On a simulated cohort, which it makes. Resumes; each fold and seed is done once. Writes results.csv, cells.csv,
     table.md and summary.json.
     """
-    from lrmil.pipeline.reporting import Reporter
     from lrmil.studies.slide_controls import load_slide_controls, run_slide_controls
 
     settings = load_slide_controls(config, overrides)
-    assert settings.out is not None
-    reporter = Reporter(Path(settings.out) / "log.jsonl", quiet=quiet)
-    for path in run_slide_controls(settings, reporter, publish=publish, train=train):
+    for path in run_slide_controls(settings, _reporter(settings.out, quiet), publish=publish, train=train):
         print(path)
+
+
+def _reporter(out: str | None, quiet: bool) -> Reporter:
+    """Tell how it goes, on the terminal and in the study's output folder."""
+    from lrmil.pipeline.reporting import Reporter
+
+    assert out is not None
+    return Reporter(Path(out) / "log.jsonl", quiet=quiet)

@@ -19,6 +19,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox, ScaledTranslation
 
@@ -153,6 +154,7 @@ def metric_against_seconds(results: pd.DataFrame, name: str = "auc", title: str 
     timed = known[known["seconds_per_slide"].notna()].sort_values("seconds_per_slide", kind="stable")
     shifts = _dodge(timed["seconds_per_slide"].to_numpy(float))
     points: list[_Point] = []
+    across: list[Annotation] = []
     drawn: dict[str, None] = {}
     for shift, row in zip(shifts, timed.to_dict("records"), strict=True):
         x, y, group = float(row["seconds_per_slide"]), factor * float(row[name]), str(row["group"])
@@ -188,12 +190,12 @@ def metric_against_seconds(results: pd.DataFrame, name: str = "auc", title: str 
             "fontsize": 8,
             "color": "#666666",
         }
-        ax.annotate(str(row["method"]), (1.0, value), xycoords=("axes fraction", "data"), **place)
+        across.append(ax.annotate(str(row["method"]), (1.0, value), xycoords=("axes fraction", "data"), **place))
     # Over less than a few decades matplotlib labels minor ticks, too, and on top of each other.
     ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.xaxis.set_minor_formatter(NullFormatter())
-    _label_points(figure, ax, points)
+    _label_points(figure, ax, points, across)
     set_title(figure, title)
     return figure
 
@@ -293,13 +295,16 @@ def _dodge(seconds: FloatArray, near: float = 1.04, step: float = 5.0) -> list[f
     return shifts
 
 
-def _label_points(figure: Figure, ax: Axes, points: Sequence[_Point]) -> None:
-    """Write names beside points; each takes the first of several places where it covers no point and no other name."""
+def _label_points(figure: Figure, ax: Axes, points: Sequence[_Point], written: Sequence[Annotation]) -> None:
+    """Write names beside points; each takes the first of several places where it covers no point and no other name.
+
+    `written`: names that stand there already.
+    """
     figure.draw_without_rendering()
     renderer = FigureCanvasAgg(figure).get_renderer()
     per_point = figure.dpi / 72
     marks = [ax.transData.transform((p.x, p.y)) + np.array([p.shift * per_point, 0]) for p in points]
-    taken: list[Bbox] = []
+    taken: list[Bbox] = [text.get_window_extent(renderer) for text in written]
     heights = (0, 10, -10, 20, -20, 32, -32, 44, -44)
     places = [(side * 9, dy) for dy in heights for side in (1, -1)]
     for point in points:

@@ -7,11 +7,12 @@ reference, trained as `lrmil run` trains it and where it keeps it, so that what 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lrmil.bags import Bag
 from lrmil.distill import resolve_layers
 from lrmil.errors import CohortError, ConfigError, GridMismatch, SlideTooCoarse
 from lrmil.evaluation import Cost, Scored, TextTable, concatenate, write_results
@@ -149,15 +150,17 @@ def _variants(study: Study, plan: Plan, said: Said) -> None:
             own.do(stage)
         answers = TestPredictions(own.run)
         reporter, suffix = own.run.reporter, "" if own is study else f"_seed_{own.run.settings.seed}"
-        count = len(plan.variants) - 1
-        title = f"Training {count} variants on {len(own.folds)} folds, seed {own.run.settings.seed}"
-        with reporter.stage("variants", title), reporter.task("variants", count) as progress:
-            for variant in plan.variants:
-                changed = _study_of(own, variant, suffix)
-                for split in own.folds:
-                    answers.add(variant.title, split, _student(own, changed, variant, split))
-                if variant != plan.reference:
-                    progress.advance(note=variant.title)
+        count, folds = len(plan.variants) - 1, len(own.folds)
+        title = f"Training {count} variants on {folds} folds, seed {own.run.settings.seed}"
+        studies = [(variant, _study_of(own, variant, suffix)) for variant in plan.variants]
+        with reporter.stage("variants", title), reporter.task("variants", count * folds) as progress:
+            for split in own.folds:
+                # Read once for all variants, and a fold at a time, so that they fit into memory.
+                bags = own.student_bags(split)
+                for variant, changed in studies:
+                    answers.add(variant.title, split, _student(own, changed, variant, split, bags))
+                    if variant != plan.reference:
+                        progress.advance(note=f"{variant.title}, {split.title}")
         said.add(answers)
 
 
@@ -169,14 +172,15 @@ def _study_of(own: Study, variant: Variant, suffix: str) -> Study:
     return own.variant(variant.name + suffix, settings)
 
 
-def _student(own: Study, changed: Study, variant: Variant, split: Split) -> Outputs:
-    """Train a variant on one fold."""
+def _student(own: Study, changed: Study, variant: Variant, split: Split, bags: Mapping[str, Bag]) -> Outputs:
+    """Train a variant on one fold; `bags` are the 5x features by the config's own student encoder of the fold."""
     if "patch" not in variant.terms:
         # Without L_patch there is no stage 1: the student looks at 5x with the frozen encoder's eyes.
         return changed.student(split, own.frozen_lr_bags, own.frozen_lr_encoder)
     if changed is not own and changed.run.stage1_folder is None:
         changed.distil(split)
-    return changed.student(split)
+        return changed.student(split)
+    return changed.student(split, bags)
 
 
 def _possible(study: Study, plan: Plan) -> Plan:

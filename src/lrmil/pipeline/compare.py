@@ -112,7 +112,7 @@ def _predictions(study: AnyStudy, methods: Sequence[Method]) -> TestPredictions:
     if "lrmil" in sees and isinstance(study, Study):
         for stage in ("distill", "teacher", "student"):
             study.do(stage)
-    jobs: dict[str, Sequence[HeadJob]] = {m.name: _jobs(study, m, found) for m in methods if m.sees == "hr"}
+    jobs: dict[str, Sequence[HeadJob[Any]]] = {m.name: _jobs(study, m, found) for m in methods if m.sees == "hr"}
     if isinstance(study, Study):
         jobs |= {m.name: _choices(study, m, found) for m in methods if m.sees == "chosen"}
     workers = workers_for(run, run.settings.compare.jobs)

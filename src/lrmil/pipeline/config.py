@@ -246,5 +246,12 @@ def parse_config(raw: dict[str, Any], source: str = "config", *, base: str | Pat
 
 
 def save_config(settings: RunSettings, path: Path) -> None:
-    """Write the whole tree, defaults included, so that the file alone says what was done."""
-    write_text(path, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    """Write the whole tree, defaults included, so that the file alone says what was done.
+
+    Only methods to compare that nobody named are left out: in a file they would count as asked for by name, and those
+    that cannot learn its task would be refused.
+    """
+    tree = settings.model_dump(mode="json")
+    if "methods" not in settings.compare.model_fields_set:
+        del tree["compare"]["methods"]
+    write_text(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))

@@ -169,7 +169,7 @@ class Run:
 
     @cached_property
     def own_student(self) -> dict[str, Any] | None:
-        """What the student encoder begins as, if it is another network than the HR encoder. Hashes its weights."""
+        """What the student encoder begins as, if it is another network than the HR encoder. Builds it once a run."""
         return None if self.settings.stage1.student is None else self.build_student().describe()
 
     @cached_property

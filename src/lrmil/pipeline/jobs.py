@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from joblib import Parallel, delayed
@@ -25,10 +25,12 @@ from lrmil.training.stage2 import SlideBag, TeacherSettings, predict_bags, train
 
 Epochs = list[dict[str, Any]]
 """What was noted of every epoch so far"""
+SlideT = TypeVar("SlideT")
+"""What a head is shown of a slide"""
 
 
 @dataclass(frozen=True)
-class HeadJob(ABC):
+class HeadJob(ABC, Generic[SlideT]):
     """All that training one head on labels takes, so that any process can do it. Same job, same head, wherever."""
 
     title: str
@@ -42,6 +44,10 @@ class HeadJob(ABC):
     objective: Objective
     seed: int
     device: str
+    train: tuple[SlideT, ...]
+    val: tuple[SlideT, ...]
+    asked: tuple[SlideT, ...]
+    """What it answers"""
 
     @abstractmethod
     def train_and_store(self, folder: RunFolder, epochs: Epochs, on_epoch: OnEpoch) -> tuple[str, ...]:
@@ -53,13 +59,8 @@ class HeadJob(ABC):
 
 
 @dataclass(frozen=True)
-class BagJob(HeadJob):
+class BagJob(HeadJob[SlideBag]):
     """A head on bags of one scale."""
-
-    train: tuple[SlideBag, ...]
-    val: tuple[SlideBag, ...]
-    asked: tuple[SlideBag, ...]
-    """What it answers"""
 
     def train_and_store(self, folder: RunFolder, epochs: Epochs, on_epoch: OnEpoch) -> tuple[str, ...]:
         """Train on labels alone."""
@@ -98,7 +99,7 @@ def workers_for(run: Run, wanted: int) -> int:
     return 1 if run.device.type != "cpu" else os.cpu_count() or 1
 
 
-def do_jobs(run: Run, jobs: Sequence[HeadJob], workers: int) -> None:
+def do_jobs(run: Run, jobs: Sequence[HeadJob[Any]], workers: int) -> None:
     """Do those that are not done, and tell of them. Bags are shared between processes, not copied to each."""
     waiting = [
         job
@@ -113,14 +114,14 @@ def do_jobs(run: Run, jobs: Sequence[HeadJob], workers: int) -> None:
             progress.advance(note=report.title)
 
 
-def job_outputs(job: HeadJob) -> Outputs:
+def job_outputs(job: HeadJob[Any]) -> Outputs:
     """Return what the head of a finished job says about the slides that it is asked about."""
     outputs = load_outputs(job.step, job.outputs_key)
     assert outputs is not None, f"{job.title} was not done"
     return outputs
 
 
-def do_job(job: HeadJob, parent: int | None = None) -> JobReport:
+def do_job(job: HeadJob[Any], parent: int | None = None) -> JobReport:
     """Train, store and ask one head, as far as that is not done.
 
     With `parent`, the process that waits for the answer: if it was killed, the work ends with the epoch. A worker would
@@ -147,7 +148,7 @@ def do_job(job: HeadJob, parent: int | None = None) -> JobReport:
     return JobReport(job.title, notes, facts["best_epoch"], score)
 
 
-def _reports(jobs: Sequence[HeadJob], workers: int) -> Iterator[JobReport]:
+def _reports(jobs: Sequence[HeadJob[Any]], workers: int) -> Iterator[JobReport]:
     if workers == 1:
         yield from map(do_job, jobs)
         return
@@ -157,6 +158,6 @@ def _reports(jobs: Sequence[HeadJob], workers: int) -> Iterator[JobReport]:
     yield from pool(delayed(_do_job_with)(threads, os.getpid(), job) for job in jobs)
 
 
-def _do_job_with(threads: int, parent: int, job: HeadJob) -> JobReport:
+def _do_job_with(threads: int, parent: int, job: HeadJob[Any]) -> JobReport:
     torch.set_num_threads(threads)
     return do_job(job, parent)

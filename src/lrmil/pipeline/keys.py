@@ -36,7 +36,7 @@ def tile_key(run: Run, entry: SlideEntry) -> str:
 
 
 def features_of(run: Run, encoder: Encoder) -> dict[str, Any]:
-    """Return what features depend on beside the slide. Hashes all weights: call it once for many slides."""
+    """Return what features depend on beside the slide, the weights of the encoder among it."""
     return {"encoder": encoder.describe(), "precision": run.settings.encoder.precision}
 
 

@@ -34,13 +34,8 @@ from lrmil.training.stage2 import TeacherSettings
 
 
 @dataclass(frozen=True)
-class ChoiceJob(HeadJob):
+class ChoiceJob(HeadJob[SlideSource]):
     """A head that chooses its patches."""
-
-    train: tuple[SlideSource, ...]
-    val: tuple[SlideSource, ...]
-    asked: tuple[SlideSource, ...]
-    """What it answers"""
 
     def train_and_store(self, folder: RunFolder, epochs: Epochs, on_epoch: OnEpoch) -> tuple[str, ...]:
         """Train in all the head's steps, see `train_scales`; if that is cut short it begins with the first again."""

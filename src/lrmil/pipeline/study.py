@@ -130,7 +130,7 @@ class Study:
 
     @property
     def features(self) -> dict[str, Any]:
-        """What the 20x features depend on beside the slide. Hashes all weights."""
+        """What the 20x features depend on beside the slide."""
         return features_of(self.run, self.encoder)
 
     @property
