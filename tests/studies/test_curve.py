@@ -49,7 +49,7 @@ def test_what_cannot_be_drawn_is_named(tmp_path: Path) -> None:
     good, real = publish(tmp_path, "good", 0.5), publish(tmp_path, "real", None)
     with pytest.raises(ConfigError, match="simulated tissue"):
         read_curve([good, real])
-    with pytest.raises(ConfigError, match="missing_summary.json"):
+    with pytest.raises(ConfigError, match=r"missing_summary\.json"):
         read_curve([tmp_path / "missing_summary.json"])
     with pytest.raises(ConfigError, match="no study has a recipe 'other'"):
         write_curve([good], "other", "cls", tmp_path / "curve")

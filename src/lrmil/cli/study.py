@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
     studies = typer.Typer(no_args_is_help=True, help="Experiments with known truth: what stage 1 and stage 2 bring.")
     studies.command()(probe)
     studies.command()(curve)
+    studies.command("look")(look_at)
     studies.command()(controls)
     app.add_typer(studies, name="study")
 
@@ -65,6 +66,27 @@ def curve(
 
     for path in write_curve(summaries, recipe, embedding, out):
         print(path)
+
+
+def look_at(
+    configs: Annotated[list[Path], typer.Argument(help="Configs of region probes, like evidence/probe-tissue.yaml.")],
+    crchisto: Annotated[
+        Path | None, typer.Option(help="Where CRCHistoPhenotypes lies, for configs that need it.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many fields of each.")] = 8,
+    out: Annotated[Path, typer.Option(help="Picture to write: OUT.png.")] = Path("look"),
+) -> None:
+    """Show the tissue of studies side by side, at 20x and at 5x: real beside simulated."""
+    from lrmil.studies.look import write_look
+    from lrmil.studies.settings import load_study
+
+    studies = []
+    for path in configs:
+        settings = load_study(path)
+        if crchisto is not None and settings.fields.crchisto is not None:
+            settings = load_study(path, [f"fields.crchisto={crchisto}"])
+        studies.append((path.stem, settings))
+    print(write_look(studies, count, out))
 
 
 def controls(
