@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.studies.conftest import PATCH_PX, TINY
 
+from lrmil.encoders.settings import EncoderSettings
 from lrmil.errors import ConfigError
 from lrmil.studies.fields import Field
 from lrmil.studies.look import look_figure, write_look
-from lrmil.studies.settings import ProbeSettings
+from lrmil.studies.settings import FieldSettings, ProbeSettings
 
 
 def field(name: str, colour: int) -> Field:
@@ -28,11 +30,17 @@ def test_each_study_is_shown_at_both_scales() -> None:
     assert (low[1:, 1:] == low[5, 5]).all(), "the mean of 4 x 4 pixels, nothing else"
 
 
-def test_studies_of_different_ratios_are_not_shown_together(settings: ProbeSettings, tmp_path: Path) -> None:
-    other = settings.model_copy(update={"ratio": 2})
+@pytest.fixture
+def study(tissue: Path, tmp_path: Path) -> ProbeSettings:
+    fields = FieldSettings(crchisto=str(tissue))
+    return ProbeSettings(fields=fields, encoder=EncoderSettings(name=TINY), patch_px=PATCH_PX, out=str(tmp_path))
+
+
+def test_studies_of_different_ratios_are_not_shown_together(study: ProbeSettings, tmp_path: Path) -> None:
+    other = study.model_copy(update={"ratio": 2})
     with pytest.raises(ConfigError, match="different ratios"):
-        write_look([("a", settings), ("b", other)], 2, tmp_path / "look")
+        write_look([("a", study), ("b", other)], 2, tmp_path / "look")
 
 
-def test_it_draws_the_fields_of_a_study(settings: ProbeSettings, finished: list[Path], tmp_path: Path) -> None:
-    assert write_look([("a", settings)], 3, tmp_path / "look").stat().st_size > 5000
+def test_it_draws_the_fields_of_a_study(study: ProbeSettings, tmp_path: Path) -> None:
+    assert write_look([("a", study)], 3, tmp_path / "look").stat().st_size > 5000
