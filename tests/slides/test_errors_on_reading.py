@@ -122,8 +122,18 @@ def test_a_slide_damaged_all_over_gives_up_quartering(fake_slides):
     overview = slide.overview(1.0)
     assert not overview.scanned.any()
     assert overview.unreadable_px == 2048 * 1024
-    assert 0 < overview.unreadable <= 8 + 3 * MAX_SPLITS
+    assert 0 < overview.unreadable <= 32 + 3 * MAX_SPLITS
     assert len(fake_slides.handles) < 1000
+
+
+def test_threads_give_up_on_the_same_blocks_as_one(fake_slides):
+    image = np.zeros((3000, 5000, 3), np.uint8)
+    found = []
+    for threads in (1, 4):
+        overview = fake_slides(image, bad_l0=(700, 500, 1900, 2100)).overview(1.0, threads)
+        found.append((overview.unreadable, overview.unreadable_px, overview.scanned.tobytes()))
+    assert found[0] == found[1]
+    assert found[0][0] > 0
 
 
 def test_threads_share_a_slide_with_a_damaged_tile(damaged):

@@ -91,7 +91,7 @@ def answer(
     began, bytes_before = time.perf_counter(), io_counter()
     tiles = TileSettings(min_child_tissue=0.0) if all_children else TileSettings()
     with tiles.open(path, mpp=mpp) as slide:
-        prepared = prepare_slide(slide, model.grid, TissueSettings(), tiles)
+        prepared = prepare_slide(slide, model.grid, TissueSettings(), tiles, threads)
         grid = prepared.grid
         seen = encode_patches(
             slide,

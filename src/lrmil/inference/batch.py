@@ -6,6 +6,7 @@ import csv
 import io
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,27 +116,29 @@ def predict_many(
     columns = ["slide", *_answer_columns(bundle.manifest), "regions", "unreadable", "seconds", "folder", "path"]
     answers, failed = _Table(out / ANSWERS_FILE, columns), _Table(out / FAILURES_FILE, ["path", "error", "message"])
     failures: list[Failure] = []
-    predictions = bundle.predict_slides(slides, mpp=mpp, batch_size=batch_size, threads=threads, picture=heatmap)
-    for path, folder, prediction in zip(slides, folders, predictions, strict=True):
-        result: Prediction | Failure
-        try:
-            if not isinstance(prediction, Prediction):
-                raise prediction
-            result = prediction
-            result.write(folder / "prediction.json")
-            if heatmap and result.attention is not None:
-                _draw(result, folder)
-            answers.add(_row(result, folder.name))
-        except (ConfigError, OutputError):
-            raise  # it would be the same for every slide
-        except Exception as error:
-            for name in _PER_SLIDE:
-                (folder / name).unlink(missing_ok=True)
-            result = Failure(str(path), error)
-            failures.append(result)
-            failed.add(list(result.as_json().values()))
-        if on_result:
-            on_result(result)
+    # Closed whatever happens: an error that is kept, with its traceback, would keep threads and slides, too.
+    answering = bundle.predict_slides(slides, mpp=mpp, batch_size=batch_size, threads=threads, picture=heatmap)
+    with closing(answering) as predictions:
+        for path, folder, prediction in zip(slides, folders, predictions, strict=True):
+            result: Prediction | Failure
+            try:
+                if not isinstance(prediction, Prediction):
+                    raise prediction
+                result = prediction
+                result.write(folder / "prediction.json")
+                if heatmap and result.attention is not None:
+                    _draw(result, folder)
+                answers.add(_row(result, folder.name))
+            except (ConfigError, OutputError):
+                raise  # it would be the same for every slide
+            except Exception as error:
+                for name in _PER_SLIDE:
+                    (folder / name).unlink(missing_ok=True)
+                result = Failure(str(path), error)
+                failures.append(result)
+                failed.add(list(result.as_json().values()))
+            if on_result:
+                on_result(result)
     return failures
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -192,7 +192,7 @@ class Bundle:
         batch_size: int | None = None,
         threads: int = 2,
         picture: bool = False,
-    ) -> Iterator[Prediction | Exception]:
+    ) -> Generator[Prediction | Exception, None, None]:
         """Answer many slides, one after the other in this order; where one fails, its error takes the answer's place.
 
         One pool of threads reads for all of them: while the encoder works on a slide, the next ones are opened, looked
@@ -253,7 +253,7 @@ class Bundle:
     ) -> Prediction:
         m = self.manifest
         reads_before = dict(slide.stats.level_reads)
-        prepared = prepare_slide(slide, m.grid, m.tissue, m.tiles)
+        prepared = prepare_slide(slide, m.grid, m.tissue, m.tiles, threads)
         grid = prepared.grid
         seen = encode_patches(
             slide,

@@ -48,15 +48,20 @@ class PreparedSlide:
     """spent on the overview, the mask and the grid"""
 
 
-def prepare_slide(slide: Slide, grid: GridSettings, tissue: TissueSettings, tiles: TileSettings) -> PreparedSlide:
+def prepare_slide(
+    slide: Slide, grid: GridSettings, tissue: TissueSettings, tiles: TileSettings, threads: int = 1
+) -> PreparedSlide:
     """Find the tissue of a slide and lay the matched grid over it. Reads nothing finer than `grid.lr_mpp`.
+
+    `threads` look at the slide. They pay where a single slide is waited for: where many are prepared ahead of an
+    encoder, the others keep the cores busy.
 
     Raises:
         NoTissue: fewer than `tiles.min_regions` regions hold enough tissue.
         TooManyUnreadable: more than the share `tiles.max_unreadable` of the overview cannot be decoded.
         SlideTooCoarse, SlideTooSmall: see `match_grids`.
     """
-    prepared = survey_slide(slide, grid, tissue, tiles)
+    prepared = survey_slide(slide, grid, tissue, tiles, threads)
     overview, found = prepared.overview, prepared.grid.num_regions
     lost = overview.unreadable_px / overview.scanned.size
     if lost > tiles.max_unreadable:
@@ -71,7 +76,9 @@ def prepare_slide(slide: Slide, grid: GridSettings, tissue: TissueSettings, tile
     return prepared
 
 
-def survey_slide(slide: Slide, grid: GridSettings, tissue: TissueSettings, tiles: TileSettings) -> PreparedSlide:
+def survey_slide(
+    slide: Slide, grid: GridSettings, tissue: TissueSettings, tiles: TileSettings, threads: int = 1
+) -> PreparedSlide:
     """As `prepare_slide`, for slides of which little or nothing may be left: the grid may be empty.
 
     Raises:
@@ -80,7 +87,7 @@ def survey_slide(slide: Slide, grid: GridSettings, tissue: TissueSettings, tiles
     began = time.perf_counter()
     # The scale is checked before any pixel is read: a hopeless slide should cost nothing.
     scale = match_grids(grid, slide.mpp, slide.dimensions, slide=slide.name).scale
-    mask, overview = find_tissue(slide, tissue, finest_mpp=finest_overview_mpp(scale))
+    mask, overview = find_tissue(slide, tissue, finest_mpp=finest_overview_mpp(scale), threads=threads)
     matched = match_grids(
         grid,
         slide.mpp,

@@ -105,7 +105,7 @@ def _answer(run: Run, entry: SlideEntry, encoder: Encoder, head: MILHead, resolu
     s = run.settings
     began, bytes_before = time.perf_counter(), io_counter()
     with entry.open() as slide:
-        prepared = prepare_slide(slide, s.grid, s.tissue, s.tiles)
+        prepared = prepare_slide(slide, s.grid, s.tissue, s.tiles, s.threads)
         low = resolution == "lr"
         reads = region_reads(prepared.grid) if low else child_reads(prepared.grid)
         boxes_l0 = prepared.grid.region_boxes_l0 if low else prepared.grid.child_boxes_l0

@@ -133,11 +133,11 @@ class Slide(ABC):
         step_l0 = mpp / self.mpp
         return self.read_box((x_l0, y_l0, x_l0 + width_px * step_l0, y_l0 + height_px * step_l0), (width_px, height_px))
 
-    def overview(self, mpp: float) -> Overview:
+    def overview(self, mpp: float, threads: int = 1) -> Overview:
         """Return the whole slide at about `mpp` um per pixel, read in blocks of bounded memory; see `Overview`."""
         if not (math.isfinite(mpp) and mpp > 0):
             raise ConfigError(f"{self.name}: no overview at {mpp} um per pixel.", fix="Give a positive number.")
-        return read_overview(self, mpp)
+        return read_overview(self, mpp, threads)
 
     def thumbnail(self, max_side_px: int = 1024) -> UInt8Array:
         """Return the whole slide as a small image (h, w, 3), its longer side about `max_side_px`."""

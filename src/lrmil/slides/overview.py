@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
 SNAP_FACTOR = 0.05
 """A whole number of level pixels per overview pixel is taken where it is this close to the wanted scale."""
+
+BLOCK_PX = 1024
+"""Side of a block in level pixels: small enough that a slide without a pyramid has some for every thread."""
 
 SMALLEST_SPLIT_PX = 256
 """A block that cannot be decoded is quartered down to this side in level pixels: one bad tile costs one tile."""
@@ -42,10 +47,11 @@ class Overview:
     """pixels of this image in those blocks"""
 
 
-def read_overview(slide: Slide, mpp: float) -> Overview:
+def read_overview(slide: Slide, mpp: float, threads: int = 1) -> Overview:
     """Read a slide at `mpp` um per pixel from the coarsest level that is fine enough; see `Slide.overview`.
 
     Never finer than level 0. The image starts at level-0 (0, 0) and its last column and row may reach past the slide.
+    How many threads read makes no difference to it.
     """
     level = slide.level_for(mpp)
     factor = max(1.0, mpp / slide.mpp / level.downsample)
@@ -57,23 +63,34 @@ def read_overview(slide: Slide, mpp: float) -> Overview:
     rgb = np.full((height, width, 3), slide.background_rgb, np.uint8)
     scanned = np.zeros((height, width), np.bool_)
 
-    unreadable = unreadable_px = splits = 0
-    waiting = list(Block(0, 0, width, height).cut(*block_sides((factor, factor))))[::-1]
-    while waiting:
-        block = waiting.pop()
+    def read(block: Block) -> bool:
         try:
             sample = slide.sample(level, block.box_l0((0, 0), (downsample, downsample)), block.size_px)
         except DecodeError:
-            longer_px = max(block.size_px)
-            if splits < MAX_SPLITS and longer_px > 1 and longer_px * factor > SMALLEST_SPLIT_PX:
-                splits += 1
-                half = math.ceil(longer_px / 2)
-                waiting.extend(list(block.cut(half, half))[::-1])
-            else:
-                unreadable += 1
-                unreadable_px += block.area_px
-                slide.stats.add_unreadable()
-            continue
+            return False
         rgb[block.place] = sample.rgb
         scanned[block.place] = True if sample.scanned is None else sample.scanned > 0.5
+        return True
+
+    unreadable = unreadable_px = splits = 0
+    blocks = list(Block(0, 0, width, height).cut(*block_sides((factor, factor), BLOCK_PX)))
+    failed = [block for block, done in zip(blocks, _each(read, blocks, threads), strict=True) if not done][::-1]
+    while failed:
+        block = failed.pop()
+        longer_px = max(block.size_px)
+        if splits < MAX_SPLITS and longer_px > 1 and longer_px * factor > SMALLEST_SPLIT_PX:
+            splits += 1
+            half = math.ceil(longer_px / 2)
+            failed.extend([part for part in block.cut(half, half) if not read(part)][::-1])
+        else:
+            unreadable += 1
+            unreadable_px += block.area_px
+            slide.stats.add_unreadable()
     return Overview(rgb, scanned, slide.mpp * downsample, (downsample, downsample), unreadable, unreadable_px)
+
+
+def _each(read: Callable[[Block], bool], blocks: Sequence[Block], threads: int) -> list[bool]:
+    if threads == 1 or len(blocks) == 1:
+        return [read(block) for block in blocks]
+    with ThreadPoolExecutor(min(threads, len(blocks)), thread_name_prefix="overview") as pool:
+        return list(pool.map(read, blocks))

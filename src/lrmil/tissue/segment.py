@@ -16,15 +16,15 @@ _PIECE_OF_SMALL_VIEW = 0.1
 
 
 def find_tissue(
-    slide: Slide, settings: TissueSettings | None = None, *, finest_mpp: float | None = None
+    slide: Slide, settings: TissueSettings | None = None, *, finest_mpp: float | None = None, threads: int = 1
 ) -> tuple[TissueMask, Overview]:
     """Look at a slide at `settings.mpp`, or at `finest_mpp` where that is coarser; return the mask and what was seen.
 
     Nothing finer is asked of the slide, but for the rounding of an overview to whole level pixels (5 % at most, see
-    `Overview.mpp`). A slide without tissue gives an empty mask, not an error.
+    `Overview.mpp`). A slide without tissue gives an empty mask, not an error. `threads` read; the mask is the same.
     """
     settings = settings or TissueSettings()
-    overview = slide.overview(max(settings.mpp, finest_mpp or 0.0, slide.mpp))
+    overview = slide.overview(max(settings.mpp, finest_mpp or 0.0, slide.mpp), threads)
     return segment_tissue(overview, settings), overview
 
 
