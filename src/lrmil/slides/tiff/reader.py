@@ -38,8 +38,8 @@ CACHE_BYTES = 128 * 2**20
 """Decoded tiles kept for each open slide: about 680 of 256 x 256 px, or 10,000 of them at 1/4."""
 
 SHARED_MPP = 2.1
-"""A level from which 5x is read (2 um/px, and 5 % for odd scanners) is decoded no coarser than that for an overview
-either: the regions then find the tiles that the search for tissue has decoded."""
+"""A level of which 5x is decoded at reduced size (to 2 um/px, and 5 % for odd scanners) is decoded no coarser for an
+overview: the regions then find the tiles that the search for tissue has decoded."""
 
 _FACTORS = (8, 4, 2)
 _SCRATCH_BYTES = 4 * 2**20
@@ -178,7 +178,8 @@ class TiffSlide(Slide):
         """Return the coarsest reduction at which tiles of a level are decoded to be averaged to 1/`step`."""
         mpp = self.mpp * level.downsample
         shared = step * mpp > SHARED_MPP and self.level_for(SHARED_MPP) is level
-        return SHARED_MPP / mpp if shared else math.inf
+        # Where regions need whole tiles, what an overview saves by smaller ones is more than what they would share.
+        return SHARED_MPP / mpp if shared and 2 * mpp <= SHARED_MPP else math.inf
 
     def _sample(self, level: Level, box_l0: Box, size_px: tuple[int, int], out: UInt8Array | None = None) -> Sample:
         """As every slide does; the part that consists of whole averages within the level is made without detours."""
