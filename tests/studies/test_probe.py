@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from tests.studies.conftest import PATCH_PX, RATIO, TINY
 from typer.testing import CliRunner
 
@@ -140,11 +141,26 @@ def test_impossible_studies_are_refused(tmp_path: Path, change: str, problem: st
 
 def test_the_committed_configs_are_valid() -> None:
     folder = Path(__file__).resolve().parents[2] / "evidence"
-    found = [load_study(path) for path in sorted(folder.glob("probe-*.yaml"))]
-    assert len(found) >= 2
-    for study in found:
-        assert study.recipes[0].layers == (0, 1, 11), "the paper's recipe comes first"
-        assert {"own", "transposed", "shuffled", "foreign"} == {r.children for r in study.recipes}
+    found = {
+        path.stem: load_study(path)
+        for path in sorted([*folder.glob("probe-*.yaml"), *folder.glob("visibility-*.yaml")])
+    }
+    assert {"probe-tissue", "visibility-000", "visibility-050", "visibility-100"} <= set(found)
+    for study in found.values():
+        assert study.recipes[0].layers == (0, 1, 11), "a recipe with the paper's layers comes first"
+        assert {"own", "foreign"} <= {recipe.children for recipe in study.recipes}, (
+            "each study breaks what it trains on"
+        )
+    for name in ("probe-tissue", "visibility-100"):
+        assert {"own", "transposed", "shuffled", "foreign"} == {recipe.children for recipe in found[name].recipes}
+
+
+def test_the_cohorts_of_the_recovery_curve_differ_in_visibility_only() -> None:
+    folder = Path(__file__).resolve().parents[2] / "evidence"
+    texts = [path.read_text().replace(path.stem, "") for path in sorted(folder.glob("visibility-*.yaml"))]
+    fields = [yaml.safe_load(text)["fields"]["simulated"] for text in texts]
+    assert [field["nuclei"].pop("visibility") for field in fields] == [0.0, 0.5, 1.0]
+    assert fields[0] == fields[1] == fields[2]
 
 
 @pytest.mark.parametrize(
