@@ -27,6 +27,7 @@ def register(app: typer.Typer) -> None:
     studies.command()(curve)
     studies.command("look")(look_at)
     studies.command()(controls)
+    studies.command()(slides)
     app.add_typer(studies, name="study")
 
 
@@ -105,6 +106,20 @@ def controls(
 
     settings = load_slide_controls(config, overrides)
     for path in run_slide_controls(settings, _reporter(settings.out, quiet), publish=publish, train=train):
+        print(path)
+
+
+def slides(config: Config, overrides: Override = None, publish: Publish = None, quiet: Quiet = False) -> None:
+    """Whole slides: the method on a simulated cohort, its losses one by one, and where its attention lies.
+
+    The config names the cohort, the run, and the parts: ablation, comparison, localisation, and what can be varied (k,
+    temperature, layers, aggregation, magnification). Resumes. Localisation asks how well the attention of the teacher,
+    of 5x without distillation and of LRMIL finds the truly positive regions of slides that no fold trained on.
+    """
+    from lrmil.studies.slides import load_slide_study, run_slide_study
+
+    settings = load_slide_study(config, overrides)
+    for path in run_slide_study(settings, _reporter(settings.out, quiet), publish=publish):
         print(path)
 
 

@@ -1,0 +1,124 @@
+"""Studies of whole slides: a simulated cohort, the whole method on it, and what one asks of the trained models.
+
+One config names the cohort, the run and the parts; each part is what its own verb (`lrmil ablate`, `lrmil sensitivity`,
+`lrmil compare`) would do. What a part publishes is small: tables and figures, no predictions and no weights.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from lrmil.cohorts.simulated import SimulatedSettings, simulate_cohort
+from lrmil.errors import ConfigError
+from lrmil.files import atomic_path, write_text
+from lrmil.pipeline.ablate import ablate, sensitivity
+from lrmil.pipeline.cohort import settings_cohort
+from lrmil.pipeline.compare import compare
+from lrmil.pipeline.config import RunSettings, parse_config
+from lrmil.pipeline.context import Run
+from lrmil.pipeline.heatmaps import SHOWN, heatmaps, methods_shown
+from lrmil.pipeline.overrides import apply_overrides, validated
+from lrmil.pipeline.reporting import Reporter
+from lrmil.pipeline.run import run_all
+from lrmil.settings import Settings
+from lrmil.studies.locate import locate, summarise, to_markdown
+
+Part = Literal["ablation", "k", "temperature", "layers", "aggregation", "magnification", "comparison", "localisation"]
+
+_TABLES = ("table3.md", "paper.md", "results.csv", "differences.csv")
+_NOT_PUBLISHED = ("figure_roc.png", "figure_reliability.png", "figure_differences_acc.png")
+
+
+class SlideStudySettings(Settings):
+    """A study of slides."""
+
+    title: str = Field("Slides", description="heading")
+    out: str | None = Field(None, description="output folder; null: out/<name of the config> beside the config")
+    simulated: SimulatedSettings = Field(description="the cohort")
+    run: dict[str, Any] = Field(default_factory=dict, description="a run's config, without cohort and out")
+    parts: tuple[Part, ...] = Field(("ablation", "localisation"), description="what is asked, in this order")
+
+
+def load_slide_study(path: Path, overrides: Sequence[str] | None = None) -> SlideStudySettings:
+    """Read the config.
+
+    Raises:
+        ConfigError: no such file, not YAML, or a field is unknown or out of range.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config.", fix="The configs of the studies lie in evidence/.")
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds no settings.")
+    raw.setdefault("out", str(path.resolve().parent / "out" / path.stem))
+    apply_overrides(raw, list(overrides or []))
+    return validated(SlideStudySettings, raw, str(path))
+
+
+def run_slide_study(settings: SlideStudySettings, reporter: Reporter, *, publish: Path | None = None) -> list[Path]:
+    """Simulate, run, then do the parts; resumes. Return what was published.
+
+    Args:
+        settings: of the study.
+        reporter: told of progress.
+        publish: folder of the small results; None: report/ of the study's own folder.
+    """
+    assert settings.out is not None
+    out = Path(settings.out)
+    folder = out / "report" if publish is None else publish
+    with reporter.task("Simulating slides", settings.simulated.slides) as progress:
+        table = simulate_cohort(out / "cohort", settings.simulated, on_progress=progress.reach)
+    run = parse_config(settings.run | {"cohort": {"table": str(table)}, "out": str(out / "run")}, "run")
+    tables = run_all(run, reporter, title=settings.title, simulated=True).folder.tables
+    written = [_copy(path, folder / f"{out.name}_run_{path.name}") for path in sorted(tables.glob("results.*"))]
+    for part in settings.parts:
+        if part == "localisation":
+            written += _localise(run, out / "cohort" / "truth", folder, out.name, reporter)
+            continue
+        where = _doer(part)(run, reporter)
+        written += _published(where, folder, f"{out.name}_{part}")
+    return written
+
+
+def _doer(part: Part) -> Callable[[RunSettings, Reporter], Path]:
+    """Return what does a part, and says where its results lie."""
+    if part == "ablation":
+        return lambda run, reporter: ablate(run, reporter).folder.ablation
+    if part == "comparison":
+        return lambda run, reporter: compare(run, reporter).folder.comparison
+    assert part != "localisation"
+    return lambda run, reporter: sensitivity(run, reporter, part).folder.sensitivity / part
+
+
+def _published(where: Path, folder: Path, prefix: str) -> list[Path]:
+    """Copy tables and figures of a comparison."""
+    chosen = [where / name for name in _TABLES if (where / name).is_file()]
+    chosen += sorted(path for path in where.glob("figure_*.png") if path.name not in _NOT_PUBLISHED)
+    return [_copy(path, folder / f"{prefix}_{path.name}") for path in chosen]
+
+
+def _localise(run: RunSettings, truth: Path, folder: Path, name: str, reporter: Reporter) -> list[Path]:
+    """Score where the models look, and draw one slide: the first, in the cohort's order, that could be scored."""
+    begun = Run.of(run, settings_cohort(run), reporter)
+    found = locate(begun, truth, reporter)
+    titles = {method.name: method.title for method in methods_shown(SHOWN, run.cohort.kind)}
+    summary = summarise(found, titles, baseline="lr_only", seed=run.seed)
+    paths = [folder / f"{name}_localisation{end}" for end in ("_slides.csv", ".csv", ".md")]
+    for path, frame in zip(paths[:2], (found, summary), strict=True):
+        with atomic_path(path) as scratch:
+            frame.to_csv(scratch, index=False, float_format="%.6g")
+    write_text(paths[2], to_markdown(summary, found))
+    drawn = heatmaps(run, [str(found["slide_id"].iloc[0])], reporter)
+    return [*paths, *(_copy(path, folder / f"{name}_heatmap.png") for path in drawn)]
+
+
+def _copy(source: Path, target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    return target
