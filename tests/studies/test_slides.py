@@ -1,0 +1,84 @@
+"""A study of slides from its config to what it publishes."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from lrmil.encoders import Encoder, EncoderCard, save_encoder
+from lrmil.encoders.vit import build_trunk
+from lrmil.errors import ConfigError
+from lrmil.pipeline.reporting import Reporter
+from lrmil.studies.slides import load_slide_study, run_slide_study
+
+CONFIG = """
+title: tiny
+simulated: {{seed: 6, slides: 12, patients: 12, slide_px: 768, sites: 2, nuclei: {{visibility: 1.0, shapes: 8}}}}
+run:
+  grid: {{patch_px: 32}}
+  encoder: {{name: {encoder}}}
+  folds: {{num_folds: 3}}
+  stage1: {{epochs: 1, learning_rate: 0.001}}
+  teacher: {{epochs: 2}}
+  student: {{epochs: 2}}
+  evaluation: {{bootstrap: 100, timed_slides: 0, heatmap_slides: 0}}
+  deploy: false
+  device: cpu
+  threads: 1
+parts: [ablation, localisation]
+"""
+
+
+def quiet() -> Reporter:
+    return Reporter(quiet=True, stream=io.StringIO())
+
+
+def test_a_study_of_slides_publishes_its_parts_and_resumes(tmp_path: Path, tiny_card: EncoderCard) -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(tiny_card, build_trunk(tiny_card), input_px=32, embedding="cls", weights_source="drawn at random")
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG.format(encoder=save_encoder(encoder, tmp_path / "encoder")))
+    settings = load_slide_study(config)
+    written = run_slide_study(settings, quiet(), publish=tmp_path / "docs")
+    names = {path.name for path in written}
+    assert {"tiny_run_results.csv", "tiny_ablation_table3.md", "tiny_ablation_differences.csv"} <= names
+    assert {
+        "tiny_localisation.csv",
+        "tiny_localisation_slides.csv",
+        "tiny_localisation.md",
+        "tiny_heatmap.png",
+    } <= names
+    assert all(path.is_file() and path.parent == tmp_path / "docs" for path in written)
+
+    found = pd.read_csv(tmp_path / "docs" / "tiny_localisation_slides.csv")
+    table = pd.read_csv(tmp_path / "out" / "tiny" / "cohort" / "cohort.csv")
+    positive = set(table[table["label"] == "positive"]["slide_id"])
+    assert set(found["slide_id"]) <= positive, "a slide without evidence cannot be scored"
+    assert (found.groupby("slide_id")["method"].nunique() == 3).all(), "every model answers for every slide"
+    assert found.groupby("slide_id")["regions"].nunique().eq(1).all(), "of the same regions"
+
+    models = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+    again = run_slide_study(settings, quiet(), publish=tmp_path / "docs")
+    assert again == written
+    assert {path: path.stat().st_mtime_ns for path in models} == models, "nothing is trained twice"
+
+
+def test_impossible_configs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such config"):
+        load_slide_study(tmp_path / "none.yaml")
+    config = tmp_path / "s.yaml"
+    config.write_text(CONFIG.format(encoder="lrmil-small"))
+    with pytest.raises(ConfigError, match="parts"):
+        load_slide_study(config, ["parts=[guess]"])
+    with pytest.raises(ConfigError, match="visibility"):
+        load_slide_study(config, ["simulated.nuclei.visibility=2"])
+
+
+def test_the_committed_config_is_valid() -> None:
+    folder = Path(__file__).resolve().parents[2] / "evidence"
+    for path in sorted(folder.glob("slides-*.yaml")):
+        assert "localisation" in load_slide_study(path).parts
