@@ -6,9 +6,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lrmil.cohorts.truth import box_polygon
+from lrmil.cohorts.truth import NucleusTable, box_polygon
 from lrmil.evaluation.overlay import AttentionMap
-from lrmil.studies.locate import TOP, attention_of_regions, found_by, share_inside, summarise, to_markdown
+from lrmil.studies.locate import (
+    TOP,
+    attention_of_regions,
+    epithelial_share,
+    found_by,
+    share_inside,
+    summarise,
+    to_markdown,
+)
 
 
 def _grid(side: int, step_px: int) -> np.ndarray:
@@ -84,3 +92,16 @@ def test_intervals_resample_patients_and_differences_are_paired() -> None:
     text = to_markdown(summary.reset_index(), found)
     assert "30 slides of 15 patients" in text
     assert "LRMIL - 5x without distillation, paired | +0.05" in text
+
+
+def test_the_share_of_epithelial_nuclei_is_that_of_a_regions_own() -> None:
+    kind = np.array([0, 0, 1, 0, 1], np.uint8)
+    nuclei = NucleusTable(
+        x_l0=np.array([10, 127.9, 20, 128, 300], np.float32),
+        y_l0=np.array([10, 127.9, 20, 5, 300], np.float32),
+        kind=kind,
+        pattern=np.zeros(5, np.uint8),
+        in_positive_area=np.zeros(5, bool),
+        kinds=("epithelial", "fibroblast"),
+    )
+    assert epithelial_share(_grid(2, 128), nuclei) == pytest.approx([2 / 3, 1, 0, 0])

@@ -16,7 +16,7 @@ import pandas as pd
 from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
 
-from lrmil.cohorts.truth import Polygon, area_mask, read_areas
+from lrmil.cohorts.truth import NucleusTable, Polygon, area_mask, read_areas, read_nuclei
 from lrmil.errors import ConfigError
 from lrmil.evaluation.overlay import AttentionMap
 from lrmil.pipeline.attention import TEACHER_NAME, StoredModels
@@ -28,6 +28,9 @@ FloatArray = npt.NDArray[np.float64]
 
 TOP = 5
 """regions of most attention whose truth is looked up"""
+EPITHELIUM = "epithelial_share"
+"""The share of a region's nuclei that are truly epithelial, in place of attention: evidence lies in epithelium, so a
+model that only finds that scores as much"""
 _MASK_UM = 4.0
 """side of a sample of the mask of true areas"""
 _MEASURES = ("auc", "top_share")
@@ -45,6 +48,7 @@ def locate(run: Run, truth: Path, reporter: Reporter, methods: Sequence[str] = S
     Returns:
         One row a slide and method: slide_id, patient_id, fold, method, auc, top_share (of the `TOP` regions of most
         attention, the share that is positive), positive_share (of all regions, which is what chance finds), regions.
+        Where the truth has nuclei, `EPITHELIUM` is among the methods.
 
     Raises:
         ConfigError: no slide has both kinds of region, or something has to be run first.
@@ -67,14 +71,17 @@ def locate(run: Run, truth: Path, reporter: Reporter, methods: Sequence[str] = S
             positive = share_inside(regions_l0, areas, size_px, max(1.0, _MASK_UM / mpp)) >= 0.5
             if positive.all() or not positive.any():
                 continue
-            for name, found in maps.items():
+            scores = {name: attention_of_regions(found, regions_l0) for name, found in maps.items()}
+            if (truth / f"{slide_id}.nuclei.npz").is_file():
+                scores[EPITHELIUM] = epithelial_share(regions_l0, read_nuclei(truth / f"{slide_id}.nuclei.npz"))
+            for name, score in scores.items():
                 rows.append(
                     {
                         "slide_id": slide_id,
                         "patient_id": run.cohort.patient_of(slide_id),
                         "fold": split.name,
                         "method": name,
-                        **found_by(attention_of_regions(found, regions_l0), positive),
+                        **found_by(score, positive),
                     }
                 )
     if not rows:
@@ -93,6 +100,16 @@ def share_inside(
     mask = area_mask(areas, (width, height), downsample)
     samples = np.round(np.asarray(boxes_l0) / downsample).astype(int)
     return np.array([mask[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)].mean() for x0, y0, x1, y1 in samples])
+
+
+def epithelial_share(regions_l0: npt.NDArray[np.int64], nuclei: NucleusTable) -> FloatArray:
+    """Return the share (R,) of epithelial nuclei among those of each region (R, 4); 0 where none lie."""
+    epithelial = nuclei.kind == nuclei.kinds.index("epithelial")
+    shares = []
+    for x0, y0, x1, y1 in np.asarray(regions_l0):
+        inside = (nuclei.x_l0 >= x0) & (nuclei.x_l0 < x1) & (nuclei.y_l0 >= y0) & (nuclei.y_l0 < y1)
+        shares.append(epithelial[inside].mean() if inside.any() else 0.0)
+    return np.array(shares, np.float64)
 
 
 def attention_of_regions(found: AttentionMap, regions_l0: npt.NDArray[np.int64]) -> FloatArray:

@@ -27,7 +27,7 @@ from lrmil.pipeline.overrides import apply_overrides, validated
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.run import run_all
 from lrmil.settings import Settings
-from lrmil.studies.locate import locate, summarise, to_markdown
+from lrmil.studies.locate import EPITHELIUM, locate, summarise, to_markdown
 
 Part = Literal["ablation", "k", "temperature", "layers", "aggregation", "magnification", "comparison", "localisation"]
 
@@ -108,6 +108,8 @@ def _localise(run: RunSettings, truth: Path, folder: Path, name: str, reporter: 
     begun = Run.of(run, settings_cohort(run), reporter)
     found = locate(begun, truth, reporter)
     titles = {method.name: method.title for method in methods_shown(SHOWN, run.cohort.kind)}
+    if EPITHELIUM in set(found["method"]):
+        titles = {EPITHELIUM: "no model: the true share of epithelial nuclei", **titles}
     summary = summarise(found, titles, baseline="lr_only", seed=run.seed)
     paths = [folder / f"{name}_localisation{end}" for end in ("_slides.csv", ".csv", ".md")]
     for path, frame in zip(paths[:2], (found, summary), strict=True):
