@@ -16,6 +16,7 @@ from lrmil.mil import create_head
 from lrmil.pipeline.cohort import labelled_for_any
 from lrmil.pipeline.context import Run
 from lrmil.pipeline.folder import RunFolder
+from lrmil.training.spread import require_restorable_spread
 from lrmil.training.stage1 import student_layers
 from lrmil.training.stage2 import trainable_pair
 
@@ -97,6 +98,8 @@ def require_fitting_parts(run: Run, encoder: Encoder) -> None:
     elif s.encoder.student_embedding not in (encoder.embedding, s.encoder.embedding):
         # Another output may need weights that are not there.
         student_dim = run.build_encoder(student=True).embed_dim
+    if s.stage1.restore_spread:
+        require_restorable_spread(run.build_encoder(student=True))
     mapped = s.stage1.student is not None
     if s.stage1.loss.lambda_attention_feature and student_dim != encoder.embed_dim and not mapped:
         raise ConfigError(

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from lrmil.bags import bag_is_current, write_bag
 from lrmil.distill import resolve_layers
 from lrmil.encoders import Encoder, load_encoder, save_encoder
@@ -22,7 +25,11 @@ from lrmil.pipeline.reporting import without_python_warnings
 from lrmil.training.alignment import TeacherShape
 from lrmil.training.loop import FitResult
 from lrmil.training.seeds import derive_seed
+from lrmil.training.spread import embedding_spread, restore_spread
 from lrmil.training.stage1 import distil_encoder
+
+SPREAD_SAMPLE = 512
+"""training regions on which it is measured how much the embedding varies"""
 
 
 def distil_fold(
@@ -48,11 +55,25 @@ def distil_fold(
         shutil.rmtree(_home(run, split) / "features", ignore_errors=True)
         # A new encoder for every fold: one that goes on from another fold has seen this fold's test patients.
         student = run.build_student()
+        sample, precision = _sample(run, split, pixels), run.settings.encoder.precision
+        before = embedding_spread(student.to(run.device), sample, precision)
         fit = _train(run, split, grids, pixels, teacher, student, teacher_outputs)
+        after = embedding_spread(student, sample, precision)
+        run.reporter.line(
+            f"  {split.title}: between regions its embedding varies {after.share_of(before):.2f} x as much as before"
+        )
+        if run.settings.stage1.restore_spread:
+            restore_spread(student, after, before)
         save_encoder(student, step)
         write_json(
             step / "history.json",
-            {"epochs": fit.history, "best_epoch": fit.best_epoch, "time": fit.time_shares(), "notes": fit.notes},
+            {
+                "epochs": fit.history,
+                "best_epoch": fit.best_epoch,
+                "time": fit.time_shares(),
+                "notes": fit.notes,
+                "spread": round(after.share_of(before), 4),
+            },
         )
         run.folder.mark_done(
             step, key, best_epoch=fit.best_epoch, val_loss=fit.best.loss, seconds=round(fit.seconds, 1)
@@ -81,6 +102,18 @@ def _stage1(run: Run, split: Split) -> Path:
 
 def _home(run: Run, split: Split) -> Path:
     return (run.stage1_folder or run.folder).fold(split.name)
+
+
+def _sample(run: Run, split: Split, pixels: RegionPixels) -> list[npt.NDArray[np.uint8]]:
+    """Return regions of the fold's training slides, about `SPREAD_SAMPLE` of them, evenly from each."""
+    slides = stage1_slides(run, split, "train")
+    each = max(1, SPREAD_SAMPLE // max(1, len(slides)))
+    found = [pixels[slide].images for slide in slides]
+    return [
+        images[np.unique(np.linspace(0, len(images) - 1, min(each, len(images))).astype(np.int64))]
+        for images in found
+        if len(images)
+    ]
 
 
 def _train(

@@ -12,12 +12,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from lrmil.distill import (
@@ -63,6 +63,17 @@ class Stage1Settings(LoopSettings):
         "auto", description="auto is bfloat16 on a CUDA GPU, float32 elsewhere"
     )
     prefetch: bool = Field(True, description="load the next batch on a thread while the encoder works")
+    restore_spread: bool = Field(
+        False,
+        description="afterwards, give each dimension of the embedding the mean and spread over training regions that "
+        "it had before; for heads that learn too slowly from a student whose class token has come to vary little",
+    )
+
+    @model_validator(mode="after")
+    def _has_a_before(self) -> Self:
+        if self.restore_spread and self.student is not None:
+            raise ValueError("restore_spread needs a student that begins as the HR encoder: leave out student")
+        return self
 
 
 @dataclass(frozen=True)
