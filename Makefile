@@ -49,7 +49,7 @@ format: setup
 # Each study resumes where it was, and repeats nothing that is finished.
 evidence: setup
 	@for v in 100 050 000; do $(STUDY) probe evidence/visibility-$$v.yaml $(PUBLISH) || exit 1; done
-	$(STUDY) curve docs/evidence/visibility-*_summary.json --recipe quick --out docs/evidence/recovery
+	$(STUDY) curve docs/evidence/visibility-*_summary.json --recipe quick --embedding cls --out docs/evidence/recovery
 	$(STUDY) controls evidence/controls-stage2.yaml $(PUBLISH)
 	@if [ -d "$(CRCHISTO)" ] && [ -f "$(DINOV2)" ]; then \
 		$(STUDY) probe evidence/probe-tissue.yaml $(PUBLISH) \
