@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from lrmil.cohorts.simulated.settings import SimulatedSettings
 from lrmil.distill import Stage1LossSettings
 from lrmil.encoders.settings import EncoderSettings, Precision
-from lrmil.errors import ConfigError
-from lrmil.pipeline.overrides import apply_overrides, validated
 from lrmil.settings import Settings
+from lrmil.studies.configs import load_config
 
 EmbeddingKind = Literal["cls", "token_mean", "both"]
 EMBEDDINGS: tuple[EmbeddingKind, ...] = ("cls", "token_mean", "both")
@@ -109,35 +107,5 @@ class ProbeSettings(Settings):
 
 
 def load_study(path: Path, overrides: Sequence[str] | None = None) -> ProbeSettings:
-    """Read the config of a study; relative paths in it count from its folder, those of overrides from the current one.
-
-    Raises:
-        ConfigError: no such file, not YAML, or a field is unknown or out of range.
-    """
-    raw = _read(path)
-    base = path.resolve().parent
-    raw.setdefault("out", f"out/{path.stem}")
-    _anchor(raw, base)
-    apply_overrides(raw, list(overrides or []))
-    _anchor(raw, Path.cwd())
-    return validated(ProbeSettings, raw, str(path))
-
-
-def _read(path: Path) -> dict[str, object]:
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such config.", fix="The configs of the studies lie in evidence/.")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}.") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds no settings.")
-    return raw
-
-
-def _anchor(raw: dict[str, object], base: Path) -> None:
-    """Make paths absolute, once."""
-    places = [(raw, "out"), (raw.get("fields"), "crchisto"), (raw.get("encoder"), "weights")]
-    for section, name in places:
-        if isinstance(section, dict) and isinstance(section.get(name), str):
-            section[name] = str(base / Path(section[name]).expanduser())
+    """Read the config of region probes; see `load_config`."""
+    return load_config(ProbeSettings, path, overrides)

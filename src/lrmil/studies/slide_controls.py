@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from pydantic import Field
 
 from lrmil.bags import Bag
@@ -28,11 +27,11 @@ from lrmil.files import atomic_path, read_json, write_json, write_text
 from lrmil.pipeline.config import parse_config
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.heads import slide_bag
-from lrmil.pipeline.overrides import apply_overrides, validated
 from lrmil.pipeline.reporting import Reporter, without_python_warnings
 from lrmil.pipeline.student import rows_of_children
 from lrmil.pipeline.study import Study
 from lrmil.settings import Settings, fingerprint
+from lrmil.studies.configs import load_config
 from lrmil.training.seeds import derive_seed
 from lrmil.training.stage2 import (
     SlideBag,
@@ -65,19 +64,8 @@ class SlideControlSettings(Settings):
 
 
 def load_slide_controls(path: Path, overrides: Sequence[str] | None = None) -> SlideControlSettings:
-    """Read the config.
-
-    Raises:
-        ConfigError: no such file, not YAML, or a field is unknown or out of range.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such config.", fix="The configs of the studies lie in evidence/.")
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds no settings.")
-    raw.setdefault("out", str(path.resolve().parent / "out" / path.stem))
-    apply_overrides(raw, list(overrides or []))
-    return validated(SlideControlSettings, raw, str(path))
+    """Read the config; see `load_config`."""
+    return load_config(SlideControlSettings, path, overrides)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field
 
 from lrmil.cohorts.simulated import SimulatedSettings, simulate_cohort
-from lrmil.errors import ConfigError
 from lrmil.files import atomic_path, write_text
 from lrmil.pipeline.ablate import ablate, sensitivity
 from lrmil.pipeline.cohort import settings_cohort
@@ -23,16 +21,21 @@ from lrmil.pipeline.compare import compare
 from lrmil.pipeline.config import RunSettings, parse_config
 from lrmil.pipeline.context import Run
 from lrmil.pipeline.heatmaps import SHOWN, heatmaps, methods_shown
-from lrmil.pipeline.overrides import apply_overrides, validated
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.run import run_all
 from lrmil.settings import Settings
+from lrmil.studies.configs import load_config
 from lrmil.studies.locate import EPITHELIUM, locate, summarise, to_markdown
 
 Part = Literal["ablation", "k", "temperature", "layers", "aggregation", "magnification", "comparison", "localisation"]
 
 _TABLES = ("table3.md", "paper.md", "results.csv", "differences.csv")
-_NOT_PUBLISHED = ("figure_roc.png", "figure_reliability.png", "figure_differences_acc.png")
+_NOT_PUBLISHED = (
+    "figure_roc.png",
+    "figure_reliability.png",
+    "figure_differences_acc.png",
+    "figure_differences_balanced_acc.png",
+)
 
 
 class SlideStudySettings(Settings):
@@ -46,19 +49,8 @@ class SlideStudySettings(Settings):
 
 
 def load_slide_study(path: Path, overrides: Sequence[str] | None = None) -> SlideStudySettings:
-    """Read the config.
-
-    Raises:
-        ConfigError: no such file, not YAML, or a field is unknown or out of range.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such config.", fix="The configs of the studies lie in evidence/.")
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds no settings.")
-    raw.setdefault("out", str(path.resolve().parent / "out" / path.stem))
-    apply_overrides(raw, list(overrides or []))
-    return validated(SlideStudySettings, raw, str(path))
+    """Read the config; see `load_config`."""
+    return load_config(SlideStudySettings, path, overrides)
 
 
 def run_slide_study(settings: SlideStudySettings, reporter: Reporter, *, publish: Path | None = None) -> list[Path]:
