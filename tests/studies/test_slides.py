@@ -58,7 +58,7 @@ def test_a_study_of_slides_publishes_its_parts_and_resumes(tmp_path: Path, tiny_
     table = pd.read_csv(tmp_path / "out" / "tiny" / "cohort" / "cohort.csv")
     positive = set(table[table["label"] == "positive"]["slide_id"])
     assert set(found["slide_id"]) <= positive, "a slide without evidence cannot be scored"
-    methods = {"teacher", "lr_only", "lrmil", "epithelial_share"}
+    methods = {"teacher", "lr_only", "lrmil", "epithelial_nuclei"}
     assert found.groupby("slide_id")["method"].agg(set).eq(methods).all(), "every model answers for every slide"
     assert found.groupby("slide_id")["regions"].nunique().eq(1).all(), "of the same regions"
 

@@ -28,9 +28,9 @@ FloatArray = npt.NDArray[np.float64]
 
 TOP = 5
 """regions of most attention whose truth is looked up"""
-EPITHELIUM = "epithelial_share"
-"""The share of a region's nuclei that are truly epithelial, in place of attention: evidence lies in epithelium, so a
-model that only finds that scores as much"""
+EPITHELIUM = "epithelial_nuclei"
+"""How many of a region's nuclei are truly epithelial, in place of attention: evidence lies in epithelium, so a model
+that only finds much of that scores as much"""
 _MASK_UM = 4.0
 """side of a sample of the mask of true areas"""
 _MEASURES = ("auc", "top_share")
@@ -73,7 +73,7 @@ def locate(run: Run, truth: Path, reporter: Reporter, methods: Sequence[str] = S
                 continue
             scores = {name: attention_of_regions(found, regions_l0) for name, found in maps.items()}
             if (truth / f"{slide_id}.nuclei.npz").is_file():
-                scores[EPITHELIUM] = epithelial_share(regions_l0, read_nuclei(truth / f"{slide_id}.nuclei.npz"))
+                scores[EPITHELIUM] = epithelial_nuclei(regions_l0, read_nuclei(truth / f"{slide_id}.nuclei.npz"))
             for name, score in scores.items():
                 rows.append(
                     {
@@ -102,14 +102,12 @@ def share_inside(
     return np.array([mask[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)].mean() for x0, y0, x1, y1 in samples])
 
 
-def epithelial_share(regions_l0: npt.NDArray[np.int64], nuclei: NucleusTable) -> FloatArray:
-    """Return the share (R,) of epithelial nuclei among those of each region (R, 4); 0 where none lie."""
+def epithelial_nuclei(regions_l0: npt.NDArray[np.int64], nuclei: NucleusTable) -> FloatArray:
+    """Return the number (R,) of epithelial nuclei in each region (R, 4)."""
     epithelial = nuclei.kind == nuclei.kinds.index("epithelial")
-    shares = []
-    for x0, y0, x1, y1 in np.asarray(regions_l0):
-        inside = (nuclei.x_l0 >= x0) & (nuclei.x_l0 < x1) & (nuclei.y_l0 >= y0) & (nuclei.y_l0 < y1)
-        shares.append(epithelial[inside].mean() if inside.any() else 0.0)
-    return np.array(shares, np.float64)
+    x, y = nuclei.x_l0[epithelial], nuclei.y_l0[epithelial]
+    boxes = np.asarray(regions_l0)
+    return np.array([((x >= x0) & (x < x1) & (y >= y0) & (y < y1)).sum() for x0, y0, x1, y1 in boxes], np.float64)
 
 
 def attention_of_regions(found: AttentionMap, regions_l0: npt.NDArray[np.int64]) -> FloatArray:
