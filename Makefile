@@ -51,6 +51,9 @@ evidence: setup
 	@for v in 100 050 000; do $(STUDY) probe evidence/visibility-$$v.yaml $(PUBLISH) || exit 1; done
 	$(STUDY) curve docs/evidence/visibility-*_summary.json --recipe quick --embedding cls --out docs/evidence/recovery
 	$(STUDY) controls evidence/controls-stage2.yaml $(PUBLISH)
+	$(BIN)/lrmil run evidence/out/controls-stage2/run/config.yaml --set deploy=false --set evaluation.timed_slides=0
+	@for f in md csv; do cp evidence/out/controls-stage2/run/tables/results.$$f docs/evidence/controls-stage2_run_results.$$f; done
+	@for s in slides-100 slides-100-spread; do $(STUDY) slides evidence/$$s.yaml $(PUBLISH) || exit 1; done
 	@if [ -d "$(CRCHISTO)" ] && [ -f "$(DINOV2)" ]; then \
 		$(STUDY) probe evidence/probe-tissue.yaml $(PUBLISH) \
 			--set fields.crchisto=$(CRCHISTO) --set encoder.weights=$(DINOV2); \
