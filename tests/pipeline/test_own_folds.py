@@ -8,8 +8,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from lrmil.errors import CohortError, ConfigError
 from lrmil.inference import read_manifest
 from lrmil.pipeline.figures import _key_numbers
+from lrmil.pipeline.splits import deployment_split
 
 
 def with_parts(lab: Any, folder: Path, **columns: dict[str, str]) -> dict[str, Any]:
@@ -85,3 +87,25 @@ def test_students_of_other_folds_are_not_kept_in_memory(lab: Any, finished: Any,
     watch("lrmil.pipeline.distill._encode_fold", encode)
     lab.run_until("student", finished.copy_features(tmp_path / "run"))
     assert len(students) == len(loaded) == 3
+
+
+def test_folds_by_a_column_that_cannot_be(lab: Any, tmp_path: Path) -> None:
+    with pytest.raises(CohortError, match=r"no column scanner, by which folds\.group deals patients"):
+        lab.run_until("encode", tmp_path / "a", folds={"group": "scanner"})
+    cohort = with_parts(lab, tmp_path, fold_0=dict.fromkeys(by_label(lab)[0][:2], "test"))
+    with pytest.raises(CohortError, match=r"brings folds of its own, and folds\.group asks for others"):
+        lab.run_until("encode", tmp_path / "b", cohort=cohort, folds={"group": "site"})
+    with pytest.raises(ConfigError, match="group and clam_splits both say"):
+        lab.settings(tmp_path / "c", folds={"group": "site", "clam_splits": "splits"})
+
+
+@pytest.mark.usefixtures("no_report")
+def test_fewer_patients_are_left_out_of_the_deployed_model_too(lab: Any, finished: Any, tmp_path: Path) -> None:
+    out = finished.copy_features(tmp_path / "run")
+    lab.run(out, folds={"train_patients": 2}, evaluation={"baselines": []})
+    splits = pd.read_csv(out / "splits.csv").set_index("patient_id")
+    assert (splits == "train").sum().eq(2).all()
+    assert (splits == "test").sum().sum() == len(splits), "all are tested"
+    stage1 = lab.parts(out, folds={"train_patients": 2})
+    final = deployment_split(stage1, list(stage1.cohort.table["slide_id"]))
+    assert len({stage1.cohort.patient_of(slide) for slide in final.train}) == 2

@@ -68,6 +68,44 @@ def test_a_study_of_slides_publishes_its_parts_and_resumes(tmp_path: Path, tiny_
     assert {path: path.stat().st_mtime_ns for path in models} == models, "nothing is trained twice"
 
 
+def test_other_ways_of_splitting_train_anew_and_leave_the_run_alone(tmp_path: Path, tiny_card: EncoderCard) -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(tiny_card, build_trunk(tiny_card), input_px=32, embedding="cls", weights_source="drawn at random")
+    config = tmp_path / "tiny.yaml"
+    config.write_text(
+        CONFIG.format(encoder=save_encoder(encoder, tmp_path / "encoder")).replace("sites: 2", "sites: 3")
+    )
+    ways = "folds={four: {train_patients: 4}, all: {}, new site: {group: site}}"
+    settings = load_slide_study(config, ["parts=[folds]", ways])
+    written = run_slide_study(settings, quiet(), publish=tmp_path / "docs")
+    assert {f"tiny_folds{end}" for end in (".csv", ".md", ".png")} <= {path.name for path in written}
+
+    run = tmp_path / "out" / "tiny" / "run"
+    found = pd.read_csv(tmp_path / "docs" / "tiny_folds.csv")
+    assert list(dict.fromkeys(found["split"])) == ["four", "all", "new site"]
+    told = pd.read_csv(run / "tables" / "results.csv").set_index("method")["auc"]
+    own = found[found["split"] == "all"].set_index("method")["value"]
+    assert own.to_dict() == pytest.approx(told[own.index].to_dict(), abs=1e-5), "the run's own folds are the run's"
+    assert found.loc[found["split"] == "four", "train_patients"].eq(4).all()
+
+    table = pd.read_csv(tmp_path / "out" / "tiny" / "cohort" / "cohort.csv").drop_duplicates("patient_id")
+    sites = table.set_index("patient_id")["site"]
+    splits = [pd.read_csv(path).set_index("patient_id") for path in sorted((run / "variants").glob("*/splits.csv"))]
+    whole = [all(set(sites[s.index[s[f] == "test"]]) == {x} for f, x in _site_tested(s, sites)) for s in splits]
+    assert sorted(whole) == [False, True], "one way tests whole sites"
+    few = splits[whole.index(False)]
+    assert (few == "train").sum().eq(4).all()
+
+    models = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    assert sum("variants" in path.parts and "stage1" in path.parts for path in models) == 2 * 3, "stage 1 of each fold"
+    run_slide_study(settings, quiet(), publish=tmp_path / "docs")
+    assert {path: path.stat().st_mtime_ns for path in models} == models, "nothing is trained twice"
+
+
+def _site_tested(splits: pd.DataFrame, sites: pd.Series) -> list[tuple[str, str]]:
+    return [(fold, sites[splits.index[splits[fold] == "test"]].iloc[0]) for fold in splits]
+
+
 def test_impossible_configs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such config"):
         load_slide_study(tmp_path / "none.yaml")
@@ -75,6 +113,8 @@ def test_impossible_configs_are_refused(tmp_path: Path) -> None:
     config.write_text(CONFIG.format(encoder="lrmil-small"))
     with pytest.raises(ConfigError, match="parts"):
         load_slide_study(config, ["parts=[guess]"])
+    with pytest.raises(ConfigError, match="ways of splitting"):
+        load_slide_study(config, ["parts=[folds]"])
     with pytest.raises(ConfigError, match="visibility"):
         load_slide_study(config, ["simulated.nuclei.visibility=2"])
 

@@ -18,6 +18,8 @@ from lrmil.training.folds import (
     folds_from_numbers,
     folds_from_parts,
     make_folds,
+    make_group_folds,
+    thinned,
 )
 from lrmil.training.leakage import class_gaps, leakage_proof
 
@@ -93,6 +95,81 @@ def test_the_order_of_the_rows_does_not_matter(seed, random):
 
 
 # Making folds
+
+
+# Groups of patients, and fewer patients
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(0, 8), st.sampled_from([None, "a", "b"])), min_size=1, max_size=60),
+    st.integers(3, 6),
+    st.integers(0, 100),
+)
+def test_groups_stay_whole_or_are_refused(patients_of, num_folds, seed):
+    patients, sites = [f"p{i}" for i in range(len(patients_of))], [f"site {site}" for site, _ in patients_of]
+    labels = [label for _, label in patients_of]
+    if len(set(sites)) < num_folds:
+        with pytest.raises(CohortError, match=f"site has {len(set(sites))} values, fewer than the {num_folds} folds"):
+            make_group_folds(patients, sites, labels, num_folds=num_folds, seed=seed)
+        return
+    splits = make_group_folds(patients, sites, labels, num_folds=num_folds, seed=seed)
+    proof = leakage_proof(splits, patients, [f"s{i}" for i in range(len(patients))], labels, groups=("site", sites))
+    assert "no site is in two parts" in proof
+    for k in range(num_folds):
+        part_of = test_fold_of(splits, k)
+        for site in set(sites):
+            assert len({part_of[p] for p, own in zip(patients, sites, strict=True) if own == site}) == 1
+
+
+def test_as_many_folds_as_sites_test_each_site_alone():
+    sites = [f"site{i % 4}" for i in range(40)]
+    splits = make_group_folds([f"p{i}" for i in range(40)], sites, ["a", "b"] * 20, num_folds=4)
+    tested = [{int(p[1:]) % 4 for p in splits.patients(k, "test")} for k in range(4)]
+    assert sorted(map(sorted, tested)) == [[0], [1], [2], [3]]
+
+
+def test_the_proof_finds_a_site_in_two_parts():
+    patients, labels = cohort({"a": 9, "b": 9}, slides_each=1)
+    splits = make_folds(patients, labels, num_folds=3)
+    with pytest.raises(CohortError, match="leakage: fold_0: 2 values of site are in both train and val"):
+        leakage_proof(splits, patients, patients, labels, groups=("site", ["x", "y"] * 9))
+
+
+@pytest.mark.parametrize("empty", [None, "", float("nan")])
+def test_a_slide_without_a_group_is_refused(empty):
+    with pytest.raises(CohortError, match="1 slides have nothing in column site; the first is of patient p1"):
+        make_group_folds(["p0", "p1", "p2", "p3"], ["x", empty, "y", "z"], num_folds=3)
+
+
+def test_a_patient_of_two_groups_is_refused():
+    with pytest.raises(CohortError, match="patient p0 has 'x' and 'y' in column site"):
+        make_group_folds(["p0", "p0", "p1", "p2"], ["x", "y", "z", "w"], num_folds=3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SIZES, st.integers(3, 6), st.integers(0, 100), st.lists(st.integers(2, 60), min_size=2, max_size=2, unique=True))
+def test_fewer_training_patients_are_a_part_of_more(sizes, num_folds, seed, counts):
+    patients, labels = cohort(sizes)
+    whole = make_folds(patients, labels, num_folds=num_folds, seed=seed)
+    few, more = (thinned(whole, patients, labels, train_patients=n, seed=seed) for n in sorted(counts))
+    for k in range(num_folds):
+        all_train, all_val = whole.patients(k, "train"), whole.patients(k, "val")
+        assert few.patients(k, "test") == more.patients(k, "test") == whole.patients(k, "test")
+        for part in ("train", "val"):
+            assert set(few.patients(k, part)) <= set(more.patients(k, part)) <= set(whole.patients(k, part))
+        for splits, n in zip((few, more), sorted(counts), strict=True):
+            train, val = splits.patients(k, "train"), splits.patients(k, "val")
+            assert len(train) == min(n, len(all_train))
+            assert len(val) == max(1, round(min(1, n / len(all_train)) * len(all_val)))
+            share = len(train) / len(all_train)
+            for label in sizes:
+                here = sum(p.startswith(label) for p in train)
+                assert abs(here - share * sum(p.startswith(label) for p in all_train)) <= len(sizes)
+                assert here or n < len(sizes)
+
+
+# Validation, seeds, patients with several labels
 
 
 def test_validation_is_the_fold_after_the_test():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -96,6 +96,23 @@ class FoldSettings(Settings):
     clam_splits: str | None = Field(
         None, description="folder of CLAM's splits_0.csv, splits_1.csv, ...: these folds are taken instead"
     )
+    group: str | None = Field(
+        None,
+        description="column of the cohort, such as site, whose groups stay whole: each is tested by models that saw "
+        "none of it. As many groups as num_folds, or more",
+    )
+    train_patients: int | None = Field(
+        None,
+        ge=2,
+        description="training patients kept in each fold, drawn by label, with the same share of validation patients; "
+        "tests stay as they are. To see what fewer would have brought. null: all",
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.group is not None and self.clam_splits is not None:
+            raise ValueError("group and clam_splits both say how patients are dealt: leave one out")
+        return self
 
 
 class EvaluationSettings(Settings):
@@ -181,6 +198,9 @@ def decisive_settings(settings: RunSettings, leave_out: Set[str]) -> dict[str, A
         tree.pop("objective", None)
     if settings.stage1.student is None:
         tree.get("stage1", {}).pop("student", None)
+    for name in ("group", "train_patients"):
+        if tree.get("folds", {}).get(name, 0) is None:
+            del tree["folds"][name]
     return tree
 
 

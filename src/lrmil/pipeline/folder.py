@@ -45,7 +45,7 @@ class RunFolder:
         self._trained = own / trained
         self.config = own / "config.yaml"
         self.cohort = own / "cohort.csv"
-        self.splits = own / "splits.csv"
+        self.splits = (own if trained == "folds" else self._trained) / "splits.csv"
         self.failures = own / "failures.csv"
         self.log = self.root / "log.jsonl"
         self.seconds = own / "seconds.json"

@@ -32,9 +32,12 @@ from lrmil.pipeline.keys import results_key
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.splits import deployment_split
 from lrmil.pipeline.student import lr_only_outputs
-from lrmil.pipeline.study import NEEDED, STAGES, Study
+from lrmil.pipeline.study import NEEDED, Study
 from lrmil.pipeline.teacher import label_head_outputs
 from lrmil.pipeline.timing import SlideCost, time_answers
+
+Attentive = dict[str, tuple[dict[str, Bag], dict[str, Outputs]]]
+"""Bags of all slides, and by fold what is said of them, of each baseline that has attention"""
 
 
 @dataclass(frozen=True)
@@ -58,17 +61,10 @@ def run_all(
     """
     study = Study.begin(settings, reporter)
     run = study.run
-    final = None
-    for stage in STAGES:
-        study.do(stage)
-        if stage == "encode" and settings.deploy:
-            # Slides that failed may leave it without a part; that should be known before anything is trained.
-            final = deployment_split(run, study.pictured)
-    found = TestPredictions(run)
-    for split in study.folds:
-        found.add(TEACHER, split, study.teacher_answers[split.name])
-        found.add(LRMIL, split, study.student_answers[split.name])
-    others = _baselines(study, found)
+    study.prepare()
+    # Slides that failed may leave it without a part; that should be known before anything is trained.
+    final = deployment_split(run, study.pictured) if settings.deploy else None
+    found, others = cross_validate(study)
     costs = _measure(study)
     dataset = run.cohort.name
     measured = {m: mean_cost(c) for m, c in costs.items()}
@@ -101,6 +97,22 @@ def run_all(
     return Outcome(run.folder, run.failures, summary, scores)
 
 
+def cross_validate(study: Study) -> tuple[TestPredictions, Attentive]:
+    """Train everything on every fold of a study that is tiled and encoded, and ask it about the test slides.
+
+    Returns:
+        What the 20x teacher, LRMIL and the baselines of the config say; and of those baselines that have attention the
+        bags and answers.
+    """
+    for stage in ("distill", "teacher", "student"):
+        study.do(stage)
+    found = TestPredictions(study.run)
+    for split in study.folds:
+        found.add(TEACHER, split, study.teacher_answers[split.name])
+        found.add(LRMIL, split, study.student_answers[split.name])
+    return found, _baselines(study, found)
+
+
 def run_until(stage: str, settings: RunSettings, reporter: Reporter) -> Outcome:
     """Do `stage` for every fold, and before it what it needs."""
     study = Study.begin(settings, reporter)
@@ -109,10 +121,10 @@ def run_until(stage: str, settings: RunSettings, reporter: Reporter) -> Outcome:
     return Outcome(study.run.folder, study.run.failures, [f"{stage}: done, in {study.run.folder.root}"])
 
 
-def _baselines(study: Study, found: TestPredictions) -> dict[str, tuple[dict[str, Bag], dict[str, Outputs]]]:
+def _baselines(study: Study, found: TestPredictions) -> Attentive:
     """Train the baselines of the config on the same folds; return bags and answers of those that have attention."""
     run, wanted = study.run, study.run.settings.evaluation.baselines
-    kept: dict[str, tuple[dict[str, Bag], dict[str, Outputs]]] = {}
+    kept: Attentive = {}
     if "majority" in wanted:
         for split in study.folds:
             found.add_constant(split)
@@ -161,7 +173,7 @@ def mean_cost(costs: Sequence[SlideCost]) -> Cost:
     return Cost(float(np.mean([c.patches_encoded for c in costs])), float(np.mean([c.total_s for c in costs])))
 
 
-def _pictures(study: Study, others: Mapping[str, tuple[dict[str, Bag], dict[str, Outputs]]]) -> list[Picture]:
+def _pictures(study: Study, others: Attentive) -> list[Picture]:
     split = study.folds[0]
     answers = {TEACHER: study.teacher_answers[split.name]}
     bags: dict[str, Mapping[str, Bag]] = {TEACHER: study.hr_bags}

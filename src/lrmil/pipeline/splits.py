@@ -10,25 +10,35 @@ from lrmil.errors import CohortError
 from lrmil.pipeline.cohort import labelled_for_any
 from lrmil.pipeline.context import Run, Split
 from lrmil.training.clam_splits import read_clam_splits
-from lrmil.training.folds import FINAL, Splits, final_split, fold_columns, folds_for
+from lrmil.training.folds import (
+    FINAL,
+    Splits,
+    final_split,
+    fold_columns,
+    folds_for,
+    make_group_folds,
+    thinned,
+)
 from lrmil.training.leakage import leakage_proof
 
 
 def make_splits(run: Run, usable: Collection[str]) -> tuple[list[Split], str]:
     """Deal the usable slides to folds, write splits.csv, and return the folds with the proof, which is also printed.
 
-    The split is by patient and made from the whole cohort, so that a slide which fails does not move the others.
+    The split is by patient, or by groups of them, and made from the whole cohort, so that a slide which fails does not
+    move the others.
     """
     table = _stratified(run)
     splits = _dealt(run, table)
     splits.write(run.folder.splits)
-    kept = table[table["slide_id"].isin(list(usable))]
+    kept, group = table[table["slide_id"].isin(list(usable))], run.settings.folds.group
     proof = leakage_proof(
         splits,
         list(kept["patient_id"]),
         list(kept["slide_id"]),
         list(kept[_STRATUM]),
         tested_once=run.settings.folds.clam_splits is None and "fold" not in table and not fold_columns(table),
+        groups=None if group is None else (group, list(kept[group])),
     )
     run.reporter.line(proof)
     folds = _folds(run, splits, usable)
@@ -50,8 +60,38 @@ def _dealt(run: Run, table: pd.DataFrame) -> Splits:
     settings = run.settings.folds
     if settings.clam_splits is not None:
         patient_of = dict(zip(table["slide_id"], table["patient_id"], strict=True))
-        return read_clam_splits(settings.clam_splits, patient_of)
-    return folds_for(table, _STRATUM, num_folds=settings.num_folds, seed=settings.seed)
+        splits = read_clam_splits(settings.clam_splits, patient_of)
+    elif settings.group is not None:
+        splits = _dealt_by_group(run, table, settings.group)
+    else:
+        splits = folds_for(table, _STRATUM, num_folds=settings.num_folds, seed=settings.seed)
+    return _thinned(run, table, splits)
+
+
+def _dealt_by_group(run: Run, table: pd.DataFrame, group: str) -> Splits:
+    settings = run.settings.folds
+    if group not in table:
+        raise CohortError(
+            f"{run.cohort.source}: there is no column {group}, by which folds.group deals patients.",
+            fix=f"Columns are {', '.join(str(c) for c in table if c != _STRATUM)}.",
+        )
+    if "fold" in table or fold_columns(table):
+        raise CohortError(
+            f"{run.cohort.source} brings folds of its own, and folds.group asks for others.",
+            fix="Leave folds.group out, or take the fold columns out of the table.",
+        )
+    patients, labels = list(table["patient_id"]), list(table[_STRATUM])
+    sizes = {"num_folds": settings.num_folds, "seed": settings.seed}
+    return make_group_folds(patients, list(table[group]), labels, column=group, **sizes)
+
+
+def _thinned(run: Run, table: pd.DataFrame, splits: Splits) -> Splits:
+    """Leave training patients out, where the config says how many stay."""
+    settings = run.settings.folds
+    if settings.train_patients is None:
+        return splits
+    patients, labels = list(table["patient_id"]), list(table[_STRATUM])
+    return thinned(splits, patients, labels, train_patients=settings.train_patients, seed=settings.seed)
 
 
 def _folds(run: Run, splits: Splits, usable: Collection[str]) -> list[Split]:
@@ -68,7 +108,7 @@ def deployment_split(run: Run, usable: Collection[str]) -> Split:
     splits = final_split(
         list(table["patient_id"]), list(table[_STRATUM]), num_folds=s.folds.num_folds, seed=s.folds.seed
     )
-    split = _split(run, splits, FINAL, FINAL, "final model", usable)
+    split = _split(run, _thinned(run, table, splits), FINAL, FINAL, "final model", usable)
     _require_parts(run, split)
     return split
 

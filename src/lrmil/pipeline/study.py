@@ -88,12 +88,12 @@ class Study:
         return cls(run, encoder, layers=layers, choosers=choosers)
 
     def variant(self, name: str, settings: RunSettings) -> Study:
-        """Return a study on the same slides, features and folds, with other settings of training or another seed.
+        """Return a study on the same slides and features, with other settings of training, another seed or other folds.
 
         Its own trained parts lie in variants/<name>/. Stage 1 and teacher are shared where their settings are equal.
         """
         here = self.run.settings
-        same = settings.seed == here.seed
+        same = settings.seed == here.seed and settings.folds == here.folds
         shared, stage1 = (self.run.folder, self.run.stage1_folder or self.run.folder) if same else (None, None)
         run = replace(
             self.run,
@@ -102,7 +102,10 @@ class Study:
             stage1_folder=stage1 if settings.stage1 == here.stage1 and settings.encoder == here.encoder else None,
             teacher_folder=shared if settings.teacher == here.teacher else None,
         )
-        return Study(run, self.encoder, self.grids, self.folds, self.proof, main=self)
+        folds, proof = self.folds, self.proof
+        if settings.folds != here.folds:
+            folds, proof = make_splits(run, self.pictured)
+        return Study(run, self.encoder, self.grids, folds, proof, main=self)
 
     @cached_property
     def pixels(self) -> RegionPixels:

@@ -23,6 +23,7 @@ from lrmil.pipeline.attention import TEACHER_NAME, StoredModels
 from lrmil.pipeline.context import Run
 from lrmil.pipeline.heatmaps import SHOWN, methods_shown
 from lrmil.pipeline.reporting import Reporter
+from lrmil.studies.markdown import bracketed
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -178,9 +179,9 @@ def to_markdown(summary: pd.DataFrame, found: pd.DataFrame) -> str:
         f"| chance | 0.50 | {chance:.2f} |",
     ]
     for row in summary.to_dict("records"):
-        lines.append(_line(row["title"], [_bracketed(row, measure, ".2f") for measure in _MEASURES]))
+        lines.append(_line(row["title"], [bracketed(row, measure, ".2f") for measure in _MEASURES]))
     for row in summary[summary["method"] == "lrmil"].to_dict("records"):
-        gains = [_bracketed(row, f"{measure}_gain", "+.2f") for measure in _MEASURES]
+        gains = [bracketed(row, f"{measure}_gain", "+.2f") for measure in _MEASURES]
         lines.append(_line(f"{row['title']} - 5x without distillation, paired", gains))
     slides, patients = found["slide_id"].nunique(), found["patient_id"].nunique()
     lines.append(f"\n{slides} slides of {patients} patients, each shown to the models of the fold that tests it.")
@@ -189,8 +190,3 @@ def to_markdown(summary: pd.DataFrame, found: pd.DataFrame) -> str:
 
 def _line(title: str, told: Sequence[str]) -> str:
     return f"| {title} | {' | '.join(told)} |"
-
-
-def _bracketed(row: Mapping[Any, Any], name: str, form: str) -> str:
-    value, low, high = (float(row[key]) for key in (name, f"{name}_low", f"{name}_high"))
-    return f"{value:{form}} [{low:{form}}, {high:{form}}]"

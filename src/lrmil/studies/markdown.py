@@ -1,4 +1,4 @@
-"""The tables of a study of region probes as Markdown."""
+"""The tables of studies as Markdown."""
 
 from __future__ import annotations
 
@@ -51,11 +51,16 @@ def _deepest(retrieval: pd.DataFrame) -> pd.Series:
 
 
 def _number(row: Mapping[Any, Any], name: str, *, signed: bool = False, scale: float = 1, unit: str = "") -> str:
-    value, low, high = (row.get(key, np.nan) for key in (name, f"{name}_low", f"{name}_high"))
-    if not np.isfinite(value):
+    if not np.isfinite(row.get(name, np.nan)):
         return ""
     form = "+.2f" if signed else (".0f" if scale == 100 else ".2f")
-    return f"{value * scale:{form}}{unit} [{low * scale:{form}}, {high * scale:{form}}]"
+    return bracketed(row, name, form, scale=scale, unit=unit)
+
+
+def bracketed(row: Mapping[Any, Any], name: str, form: str, *, scale: float = 1, unit: str = "") -> str:
+    """Write row[name] with its interval, row[name_low] to row[name_high], each in the format `form`."""
+    value, low, high = (scale * float(row[key]) for key in (name, f"{name}_low", f"{name}_high"))
+    return f"{value:{form}}{unit} [{low:{form}}, {high:{form}}]"
 
 
 def _percent(row: Mapping[Any, Any]) -> str:

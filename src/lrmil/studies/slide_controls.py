@@ -32,6 +32,7 @@ from lrmil.pipeline.student import rows_of_children
 from lrmil.pipeline.study import Study
 from lrmil.settings import Settings, fingerprint
 from lrmil.studies.configs import load_config
+from lrmil.studies.markdown import bracketed
 from lrmil.training.seeds import derive_seed
 from lrmil.training.stage2 import (
     SlideBag,
@@ -184,8 +185,8 @@ def write_controls(
     )
     lines = ["| | AUC | more than labels alone |", "|---|---:|---:|"]
     for told in results.to_dict("records"):
-        more = "" if not np.isfinite(told["gain"]) else _bracketed(told, "gain", "+.1f")
-        lines.append(f"| {ARMS[told['arm']]} | {_bracketed(told, 'auc', '.1f')} | {more} |")
+        more = "" if not np.isfinite(told["gain"]) else bracketed(told, "gain", "+.1f", scale=100)
+        lines.append(f"| {ARMS[told['arm']]} | {bracketed(told, 'auc', '.1f', scale=100)} | {more} |")
     lines.append(
         f"\nWith all weights 0, {equal} of {len(done)} heads equal the one trained on labels alone, bit for bit."
     )
@@ -210,11 +211,6 @@ def _predictions(done: Sequence[Mapping[str, Any]], arm: str) -> Predictions:
         folds=np.repeat([cell["fold"] for cell in done], counts),
         seeds=np.repeat([cell["seed"] for cell in done], counts),
     )
-
-
-def _bracketed(row: Mapping[Any, Any], name: str, form: str) -> str:
-    value, low, high = (100 * float(row[key]) for key in (name, f"{name}_low", f"{name}_high"))
-    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def _path(out: Path, cell: tuple[int, int]) -> Path:

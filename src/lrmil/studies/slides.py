@@ -9,11 +9,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, cast
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lrmil.cohorts.simulated import SimulatedSettings, simulate_cohort
+from lrmil.evaluation.plots import save_figure
 from lrmil.files import atomic_path, write_text
 from lrmil.pipeline.ablate import ablate, sensitivity
 from lrmil.pipeline.cohort import settings_cohort
@@ -23,11 +24,13 @@ from lrmil.pipeline.context import Run
 from lrmil.pipeline.heatmaps import SHOWN, heatmaps, methods_shown
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.run import run_all
+from lrmil.pipeline.variants import Of
 from lrmil.settings import Settings
+from lrmil.studies import fold_study
 from lrmil.studies.configs import load_config
 from lrmil.studies.locate import EPITHELIUM, locate, summarise, to_markdown
 
-Part = Literal["ablation", "k", "temperature", "layers", "aggregation", "magnification", "comparison", "localisation"]
+Part = Literal["ablation", "comparison", "localisation", "folds"] | Of
 
 _TABLES = ("table3.md", "paper.md", "results.csv", "differences.csv")
 _NOT_PUBLISHED = (
@@ -45,7 +48,17 @@ class SlideStudySettings(Settings):
     out: str | None = Field(None, description="output folder; null: out/<name of the config> beside the config")
     simulated: SimulatedSettings = Field(description="the cohort")
     run: dict[str, Any] = Field(default_factory=dict, description="a run's config, without cohort and out")
+    folds: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="for the part folds: heading of each way of splitting, and what it changes in the run's folds",
+    )
     parts: tuple[Part, ...] = Field(("ablation", "localisation"), description="what is asked, in this order")
+
+    @model_validator(mode="after")
+    def _some_folds(self) -> Self:
+        if "folds" in self.parts and not self.folds:
+            raise ValueError("the part folds needs ways of splitting under `folds`")
+        return self
 
 
 def load_slide_study(path: Path, overrides: Sequence[str] | None = None) -> SlideStudySettings:
@@ -73,6 +86,9 @@ def run_slide_study(settings: SlideStudySettings, reporter: Reporter, *, publish
         if part == "localisation":
             written += _localise(run, out / "cohort" / "truth", folder, out.name, reporter)
             continue
+        if part == "folds":
+            written += _split_anew(settings, run, folder, out.name, reporter)
+            continue
         where = _doer(part)(run, reporter)
         written += _published(where, folder, f"{out.name}_{part}")
     return written
@@ -84,8 +100,8 @@ def _doer(part: Part) -> Callable[[RunSettings, Reporter], Path]:
         return lambda run, reporter: ablate(run, reporter).folder.ablation
     if part == "comparison":
         return lambda run, reporter: compare(run, reporter).folder.comparison
-    assert part != "localisation"
-    return lambda run, reporter: sensitivity(run, reporter, part).folder.sensitivity / part
+    of = cast(Of, part)
+    return lambda run, reporter: sensitivity(run, reporter, of).folder.sensitivity / of
 
 
 def _published(where: Path, folder: Path, prefix: str) -> list[Path]:
@@ -110,6 +126,19 @@ def _localise(run: RunSettings, truth: Path, folder: Path, name: str, reporter: 
     write_text(paths[2], to_markdown(summary, found))
     drawn = heatmaps(run, [str(found["slide_id"].iloc[0])], reporter)
     return [*paths, *(_copy(path, folder / f"{name}_heatmap.png") for path in drawn)]
+
+
+def _split_anew(
+    settings: SlideStudySettings, run: RunSettings, folder: Path, name: str, reporter: Reporter
+) -> list[Path]:
+    """Train on other folds, and write the table and figure of that."""
+    found = fold_study.fold_study(run, settings.folds, reporter)
+    paths = [folder / f"{name}_folds{end}" for end in (".csv", ".md", ".png")]
+    with atomic_path(paths[0]) as scratch:
+        found.to_csv(scratch, index=False, float_format="%.6g")
+    write_text(paths[1], fold_study.to_markdown(found))
+    save_figure(paths[2], fold_study.figure(found, settings.title))
+    return paths
 
 
 def _copy(source: Path, target: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -21,6 +21,7 @@ def leakage_proof(
     labels: Sequence[Any] | None = None,
     *,
     tested_once: bool = True,
+    groups: tuple[str, Sequence[Any]] | None = None,
 ) -> str:
     """Count, for every fold, what each part holds and what two parts share, from the slides up.
 
@@ -31,16 +32,21 @@ def leakage_proof(
         labels: label of every slide; None, NaN and "" are not counted.
         tested_once: also demand that each patient is tested in exactly one fold. False for folds that a cohort brings
             and that are no cross-validation (one official split, repeated random ones). Not asked of a final split.
+        groups: name of what must not be shared either, such as site, and the group of every slide.
 
     Returns:
         The proof, to be printed.
 
     Raises:
-        CohortError: a patient or a slide is in two parts of a fold, a patient is in no split, or, with `tested_once`,
-            one is tested never or twice.
+        CohortError: a patient, a slide or a group is in two parts of a fold, a patient is in no split, or, with
+            `tested_once`, one is tested never or twice.
     """
     rows = pd.DataFrame({"patient_id": list(map(str, patients)), "slide_id": list(map(str, slides))})
     rows["label"] = None if labels is None else list(labels)
+    never_shared = {"patient_id": "patients", "slide_id": "slides"}
+    if groups is not None:
+        rows["group"] = list(map(str, groups[1]))
+        never_shared["group"] = f"values of {groups[0]}"
     strangers = sorted(set(rows["patient_id"]) - set(splits.table["patient_id"]))
     if strangers:
         raise CohortError(
@@ -51,10 +57,11 @@ def leakage_proof(
 
     lines = [f"Split of {rows['patient_id'].nunique()} patients with {rows['slide_id'].nunique()} slides:"]
     for name in splits.names:
-        lines += _fold(rows, name)
+        lines += _fold(rows, name, never_shared)
     lines += _tests(rows, splits, tested_once)
     lines += [f"WARNING: {gap}" for gap in class_gaps(splits, patients, labels)]
-    lines.append("No patient and no slide is in two parts of a fold.")
+    whole = "" if groups is None else f", and no {groups[0]}"
+    lines.append(f"No patient and no slide{whole} is in two parts of a fold.")
     return "\n".join(lines)
 
 
@@ -73,7 +80,7 @@ def class_gaps(splits: Splits, patients: Sequence[str], labels: Sequence[Any] | 
     return gaps
 
 
-def _fold(rows: pd.DataFrame, name: str) -> list[str]:
+def _fold(rows: pd.DataFrame, name: str, never_shared: Mapping[str, str]) -> list[str]:
     lines = [f"  {name}"]
     held = {}
     for part in PARTS:
@@ -90,15 +97,16 @@ def _fold(rows: pd.DataFrame, name: str) -> list[str]:
         lines.append(f"    left out {unused:>2} patients")
     shared = []
     for one, other in combinations(PARTS, 2):
-        common = {c: sorted(set(held[one][c]) & set(held[other][c])) for c in ("patient_id", "slide_id")}
-        for column, what in (("patient_id", "patients"), ("slide_id", "slides")):
+        common = {c: sorted(set(held[one][c]) & set(held[other][c])) for c in never_shared}
+        for column, what in never_shared.items():
             if common[column]:
                 raise CohortError(
                     f"leakage: {name}: {len(common[column])} {what} are in both {one} and {other}: "
                     f"{_some(common[column])}.",
                     fix="Give every slide one id and one patient, and every patient one part.",
                 )
-        shared.append(f"{one} and {other} {len(common['patient_id'])} patients, {len(common['slide_id'])} slides")
+        counts_shared = ", ".join(f"{len(common[column])} {what}" for column, what in never_shared.items())
+        shared.append(f"{one} and {other} {counts_shared}")
     lines.append("    shared by " + "; ".join(shared))
     return lines
 
