@@ -73,6 +73,19 @@ def test_tables_have_groups_and_measured_costs(compared: Path) -> None:
     assert (compared / "compare" / "differences.csv").is_file()
 
 
+def test_what_is_recovered_is_asked_of_every_20x_method(compared: Path) -> None:
+    found = pd.read_csv(compared / "compare" / "recovery.csv").set_index("method")
+    assert list(found.index) == ["Mean-P", "ABMIL"]
+    auc = pd.read_csv(compared / "compare" / "results.csv").set_index("method")["auc"]
+    for method, row in found.iterrows():
+        gap = auc[method] - auc["LR without distillation"]
+        assert row["gap"] == pytest.approx(gap)
+        if row["gap_low"] > 0:
+            assert row["recovered"] == pytest.approx((auc["LRMIL"] - auc["LR without distillation"]) / gap)
+        else:
+            assert np.isnan(row["recovered"])
+
+
 def test_a_second_comparison_trains_only_what_was_added(
     lab: Any, compared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from lrmil.evaluation.intervals import Interval, bootstrap, paired_bootstrap
 from lrmil.evaluation.metrics import METRICS, fold_scores, score
 from lrmil.evaluation.paired import compare_methods, delong, delong_test, holm, permutation_test
 from lrmil.evaluation.predictions import Predictions
+from lrmil.evaluation.recovery import Recovery, recovered_share
 from lrmil.evaluation.scored import Scored, concatenate
 from lrmil.evaluation.survival import kaplan_meier, log_rank, risk_groups
 from lrmil.evaluation.tables import Cost, TextTable, read_results, result_row, results_frame, text_table, write_results
@@ -20,6 +21,7 @@ __all__ = [
     "Cost",
     "Interval",
     "Predictions",
+    "Recovery",
     "Scored",
     "TextTable",
     "Values",
@@ -38,6 +40,7 @@ __all__ = [
     "permutation_test",
     "read_predictions",
     "read_results",
+    "recovered_share",
     "result_row",
     "results_frame",
     "risk_groups",

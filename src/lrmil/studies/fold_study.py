@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lrmil.errors import ConfigError
-from lrmil.evaluation import Interval, Scored, bootstrap, paired_bootstrap
+from lrmil.evaluation import Interval, Scored, bootstrap, paired_bootstrap, recovered_share
 from lrmil.evaluation.metrics import MAIN, metric
 from lrmil.evaluation.plots import BLACK, BLUE, ORANGE, VERMILION, new_figure, set_title, style_axes
 from lrmil.pipeline.config import FoldSettings, RunSettings
@@ -40,7 +40,8 @@ def fold_study(run: RunSettings, folds: Mapping[str, Mapping[str, Any]], reporte
 
     Returns:
         One row a way and method: split, train_patients (mean over folds), method, metric, value, value_low, value_high,
-        and for 5x without distillation and the teacher gain, gain_low, gain_high: LRMIL less that method, paired.
+        and for 5x without distillation and the teacher gain, gain_low, gain_high: LRMIL less that method, paired;
+        for LRMIL recovered, recovered_low, recovered_high: its share of 20x - 5x, see `recovered_share`.
     """
     if "lr_only" not in run.evaluation.baselines:
         raise ConfigError("evaluation.baselines: lr_only is missing, with which LRMIL is compared.", fix="Add it.")
@@ -63,14 +64,16 @@ def to_markdown(frame: pd.DataFrame) -> str:
     name = frame["metric"].iloc[0]
     title, (scale, form) = metric(name).title, _scale(name)
     heads = ["", "training patients", *(f"{title}, {m}" for m in METHODS), "LRMIL - 5x, paired", "LRMIL - 20x, paired"]
+    heads.append("recovered of 20x - 5x")
     lines = [
         f"| {' | '.join(heads)} |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for split, own in frame.groupby("split", sort=False):
         told = {row["method"]: row for row in own.to_dict("records")}
         cells = [bracketed(told[m], "value", form, scale=scale) for m in METHODS]
         cells += [bracketed(told[m], "gain", f"+{form}", scale=scale) for m in (LR_ONLY, TEACHER)]
+        cells.append(_recovered(told[LRMIL]))
         lines.append(f"| {split} | {told[LRMIL]['train_patients']:g} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -101,12 +104,23 @@ def figure(frame: pd.DataFrame, title: str) -> Figure:
     return drawn
 
 
+def _recovered(row: Mapping[Any, Any]) -> str:
+    if not np.isfinite(row.get("recovered", np.nan)):
+        return "no gap"
+    return bracketed(row, "recovered", ".0f", scale=100, unit=" %")
+
+
 def _scored(study: Study, said: Mapping[str, Scored]) -> list[dict[str, Any]]:
     s, name = study.run.settings.evaluation, MAIN[study.run.kind]
+    recovered = recovered_share(
+        said[LRMIL], said[TEACHER], said[LR_ONLY], name, seed=s.seed, resamples=s.bootstrap
+    ).share
     rows = []
     for method in METHODS:
         row = {"method": method, "metric": name}
         row |= _told("value", bootstrap(said[method], name, seed=s.seed, resamples=s.bootstrap))
+        if method == LRMIL and recovered is not None:
+            row |= _told("recovered", recovered)
         if method != LRMIL:
             row |= _told("gain", paired_bootstrap(said[LRMIL], said[method], name, seed=s.seed, resamples=s.bootstrap))
         rows.append(row)

@@ -32,7 +32,7 @@ from lrmil.studies.locate import EPITHELIUM, locate, summarise, to_markdown
 
 Part = Literal["ablation", "comparison", "localisation", "folds"] | Of
 
-_TABLES = ("table3.md", "paper.md", "results.csv", "differences.csv")
+_TABLES = ("table3.md", "paper.md", "results.csv", "differences.csv", "recovery.csv")
 _NOT_PUBLISHED = (
     "figure_roc.png",
     "figure_reliability.png",
