@@ -53,7 +53,7 @@ evidence: setup
 	$(STUDY) controls evidence/controls-stage2.yaml $(PUBLISH)
 	$(BIN)/lrmil run evidence/out/controls-stage2/run/config.yaml --set deploy=false --set evaluation.timed_slides=0
 	@for f in md csv; do cp evidence/out/controls-stage2/run/tables/results.$$f docs/evidence/controls-stage2_run_results.$$f; done
-	@for s in slides-100 slides-100-spread; do $(STUDY) slides evidence/$$s.yaml $(PUBLISH) || exit 1; done
+	@for s in slides-120 slides-100 slides-100-spread; do $(STUDY) slides evidence/$$s.yaml $(PUBLISH) || exit 1; done
 	@if [ -d "$(CRCHISTO)" ] && [ -f "$(DINOV2)" ]; then \
 		$(STUDY) probe evidence/probe-tissue.yaml $(PUBLISH) \
 			--set fields.crchisto=$(CRCHISTO) --set encoder.weights=$(DINOV2); \
