@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
     studies.command("look")(look_at)
     studies.command()(controls)
     studies.command()(slides)
+    studies.command()(screen)
     app.add_typer(studies, name="study")
 
 
@@ -120,6 +121,19 @@ def slides(config: Config, overrides: Override = None, publish: Publish = None, 
 
     settings = load_slide_study(config, overrides)
     for path in run_slide_study(settings, _reporter(settings.out, quiet), publish=publish):
+        print(path)
+
+
+def screen(config: Config, overrides: Override = None, publish: Publish = None, quiet: Quiet = False) -> None:
+    """Which recipe: one setting changed at a time, judged on validation slides alone.
+
+    On a simulated cohort that nothing else uses, which it makes. The config names the factors, and what each value
+    changes in the run's config. Resumes. Writes a table of validation scores with paired intervals, and a figure.
+    """
+    from lrmil.studies.screen import load_screen, run_screen
+
+    settings = load_screen(config, overrides)
+    for path in run_screen(settings, _reporter(settings.out, quiet), publish=publish):
         print(path)
 
 
