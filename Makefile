@@ -53,7 +53,7 @@ evidence: setup
 	$(STUDY) controls evidence/controls-stage2.yaml $(PUBLISH)
 	$(BIN)/lrmil run evidence/out/controls-stage2/run/config.yaml --set deploy=false --set evaluation.timed_slides=0
 	@for f in md csv; do cp evidence/out/controls-stage2/run/tables/results.$$f docs/evidence/controls-stage2_run_results.$$f; done
-	$(BIN)/lrmil sensitivity evidence/out/controls-stage2/run/config.yaml --of magnification --values '[0.5, 4]' \
+	$(BIN)/lrmil sensitivity evidence/out/controls-stage2/run/config.yaml --of magnification --values '[0.5, 1], [0.5, 4]' \
 		--set evaluation.timed_slides=5
 	@for f in results.csv differences.csv paper.md figure_auc_against_seconds.png; do \
 		cp evidence/out/controls-stage2/run/sensitivity/magnification/$$f docs/evidence/controls-stage2_magnification_$$f; done
