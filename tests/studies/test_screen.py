@@ -12,7 +12,7 @@ from lrmil.studies import screen
 
 
 def test_only_validation_slides_are_asked() -> None:
-    split = Split("0", train=("a",), val=("b", "c"), test=("d",))
+    split = Split("0", "fold 1", train=("a",), val=("b", "c"), test=("d",))
     asked = screen._asked_of_validation(split)
     assert asked.test == asked.val == ("b", "c")
     assert asked.train == split.train
