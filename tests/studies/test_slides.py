@@ -29,7 +29,9 @@ run:
   deploy: false
   device: cpu
   threads: 1
-parts: [ablation, localisation]
+recipes:
+  smaller steps: {{stage1: {{learning_rate: 0.0001}}}}
+parts: [ablation, localisation, recipes]
 """
 
 
@@ -53,6 +55,12 @@ def test_a_study_of_slides_publishes_its_parts_and_resumes(tmp_path: Path, tiny_
         "tiny_heatmap.png",
     } <= names
     assert all(path.is_file() and path.parent == tmp_path / "docs" for path in written)
+
+    recipes = pd.read_csv(tmp_path / "docs" / "tiny_recipes_results.csv").set_index("method")["auc"]
+    assert list(recipes.index) == ["no distillation", "as it is", "smaller steps"]
+    losses = pd.read_csv(tmp_path / "docs" / "tiny_ablation_results.csv").set_index("method")["auc"]
+    assert recipes["no distillation"] == losses["none"]
+    assert recipes["as it is"] == losses["patch + bag + soft + hard"]
 
     found = pd.read_csv(tmp_path / "docs" / "tiny_localisation_slides.csv")
     table = pd.read_csv(tmp_path / "out" / "tiny" / "cohort" / "cohort.csv")
@@ -115,6 +123,8 @@ def test_impossible_configs_are_refused(tmp_path: Path) -> None:
         load_slide_study(config, ["parts=[guess]"])
     with pytest.raises(ConfigError, match="ways of splitting"):
         load_slide_study(config, ["parts=[folds]"])
+    with pytest.raises(ConfigError, match="needs others under `recipes`"):
+        load_slide_study(config, ["parts=[recipes]", "recipes={}"])
     with pytest.raises(ConfigError, match="visibility"):
         load_slide_study(config, ["simulated.nuclei.visibility=2"])
 

@@ -1,4 +1,4 @@
-"""`lrmil ablate` and `lrmil sensitivity`: the same method with one thing changed, on the same slides, folds and seeds.
+"""`lrmil ablate`, `lrmil sensitivity` and recipes: a method with one thing changed, on the same slides, folds, seeds.
 
 Variants share whatever their change does not touch: tiles, features, stage 1, teacher. The config itself is the
 reference, trained as `lrmil run` trains it and where it keeps it, so that what is there is not trained again.
@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lrmil.bags import Bag
-from lrmil.distill import resolve_layers
-from lrmil.errors import CohortError, ConfigError, GridMismatch, SlideTooCoarse
+from lrmil.errors import CohortError, ConfigError, GridMismatch, LrmilError, SlideTooCoarse
 from lrmil.evaluation import Cost, Scored, TextTable, concatenate, write_results
 from lrmil.evaluation.comparison import Comparison, compare_report
 from lrmil.evaluation.comparison_files import write_comparison
@@ -23,6 +22,7 @@ from lrmil.evaluation.table_formats import to_latex, to_markdown
 from lrmil.evaluation.tables import metric_text, paper_metrics
 from lrmil.files import write_json, write_text
 from lrmil.geometry import GridSettings, check_token_grid, resolve_scale
+from lrmil.pipeline.checks import require_fitting_parts
 from lrmil.pipeline.config import RunSettings
 from lrmil.pipeline.context import Split
 from lrmil.pipeline.distill import stored_student
@@ -33,7 +33,16 @@ from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.run import Outcome, mean_cost
 from lrmil.pipeline.study import Study
 from lrmil.pipeline.timing import time_answers
-from lrmil.pipeline.variants import TERMS, Of, Plan, Variant, ablation_plan, sensitivity_plan
+from lrmil.pipeline.variants import (
+    TERMS,
+    Of,
+    Plan,
+    Variant,
+    ablation_plan,
+    distilled_blocks,
+    recipes_plan,
+    sensitivity_plan,
+)
 from lrmil.settings import fingerprint
 
 
@@ -89,6 +98,48 @@ def sensitivity(settings: RunSettings, reporter: Reporter, of: Of, values: Seque
     return _carry_out(study, plan, study.run.folder.sensitivity / plan.name)
 
 
+def compare_recipes(settings: RunSettings, reporter: Reporter, changes: Mapping[str, Mapping[str, Any]]) -> Outcome:
+    """Train the method with other recipes, score them beside the config's own, and write recipes/.
+
+    Args:
+        settings: the config, which is one of the rows and what all others are compared with.
+        reporter: tells how it goes.
+        changes: see `recipes_plan`.
+
+    Raises:
+        ConfigError: a recipe is impossible, or changes more than training.
+        And what `ablate` raises.
+    """
+    study = Study.begin(settings, reporter)
+    plan = recipes_plan(settings, changes)
+    require_trainable(study, plan.variants)
+    return _carry_out(study, plan, study.run.folder.recipes)
+
+
+def require_trainable(study: Study, variants: Sequence[Variant]) -> None:
+    """See before hours of training that every variant is possible, and that it is a matter of training alone.
+
+    Tiles, 20x features and folds are those of the config: a change of what they depend on would have no effect.
+
+    Raises:
+        ConfigError: named by the variant's title.
+    """
+    settings = study.run.settings
+    for variant in variants:
+        own = variant.applied(settings)
+        encoder = settings.encoder.model_copy(update={"student_embedding": own.encoder.student_embedding})
+        allowed = {"stage1": own.stage1, "teacher": own.teacher, "student": own.student, "encoder": encoder}
+        if settings.model_copy(update=allowed) != own:
+            raise ConfigError(
+                f"{variant.title}: a recipe changes how is trained, not what on.",
+                fix="Change stage1, teacher, student, or encoder.student_embedding.",
+            )
+        try:
+            require_fitting_parts(replace(study.run, settings=own), study.encoder)
+        except LrmilError as error:
+            raise ConfigError(f"{variant.title}: {error.message}", fix=error.fix) from error
+
+
 def _carry_out(study: Study, plan: Plan, folder: Path) -> Outcome:
     run = study.run
     reporter, s = run.reporter, run.settings
@@ -96,7 +147,7 @@ def _carry_out(study: Study, plan: Plan, folder: Path) -> Outcome:
     if run.folder.done_facts(folder).get("key") != key:
         shutil.rmtree(folder, ignore_errors=True)
     if s.targets == "cached":
-        study.layers = _layers(study, plan)
+        study.layers = distilled_blocks((v.applied(s) for v in plan.variants), study.encoder.depth)
     study.do("tile")
     plan = _possible(study, plan)
     study.do("encode")
@@ -127,13 +178,6 @@ def _carry_out(study: Study, plan: Plan, folder: Path) -> Outcome:
     run.folder.mark_done(folder, key)
     reporter.event(f"{plan.name} finished", failures=len(run.failures))
     return Outcome(run.folder, run.failures, _summary(comparison, plan, folder))
-
-
-def _layers(study: Study, plan: Plan) -> tuple[int, ...]:
-    """Return every block that some variant distils."""
-    depth = study.encoder.depth
-    wanted = [v.applied(study.run.settings).stage1.loss.layers for v in plan.variants]
-    return tuple(sorted({layer for layers in wanted for layer in resolve_layers(layers, depth)}))
 
 
 def _seeded(study: Study) -> Iterator[Study]:

@@ -57,6 +57,7 @@ class RunFolder:
         self.heatmaps = own / "heatmaps"
         self.ablation = own / "ablation"
         self.sensitivity = own / "sensitivity"
+        self.recipes = own / "recipes"
 
     def tiles(self, slide_id: str) -> Path:
         """Tissue and grid of a slide; beside it lie a picture, .jpg, and what was read at 5x, .regions.npz."""

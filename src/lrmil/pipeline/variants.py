@@ -6,7 +6,7 @@ of the rows, and what all others are compared with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -14,6 +14,7 @@ from lrmil.distill import resolve_layers
 from lrmil.errors import ConfigError
 from lrmil.pipeline.config import RunSettings
 from lrmil.pipeline.overrides import validated
+from lrmil.settings import fingerprint
 
 Of = Literal["k", "temperature", "layers", "aggregation", "magnification"]
 """What `lrmil sensitivity` can vary"""
@@ -37,6 +38,10 @@ LAYERS = ((0, 1, -1), (0, 1, -2), (0, 1), (0, -1), (-1,))
 AGGREGATIONS = ("mean", "max", "share")
 MAGNIFICATIONS = ((0.25, 1.0), (0.5, 1.0), (0.5, 2.0), (0.5, 4.0), (1.0, 2.0), (1.0, 4.0))
 """High and low resolution, um per pixel: 40x and 10x, 20x and 10x, 20x and 5x, ..."""
+
+
+OWN = "as it is"
+"""Title of the config's own recipe among others"""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,11 @@ class Plan:
     """What was left out, and why"""
 
 
+def distilled_blocks(settings: Iterable[RunSettings], depth: int) -> tuple[int, ...]:
+    """Return every block that one of several configs distils; `depth` is that of the encoder."""
+    return tuple(sorted({layer for s in settings for layer in resolve_layers(s.stage1.loss.layers, depth)}))
+
+
 def ablation_plan(settings: RunSettings) -> Plan:
     """Return the six rows of Table 3. A term that the config itself switches off is off in all: rows that only it tells
     apart become one.
@@ -107,6 +117,25 @@ def ablation_plan(settings: RunSettings) -> Plan:
             "Rows without L_patch look at 5x with the frozen HR encoder, the others with a student of its own."
         )
     return Plan("ablation", "Losses", variants, variants[-1], notes=tuple(notes))
+
+
+def recipes_plan(settings: RunSettings, changes: Mapping[str, Mapping[str, Any]]) -> Plan:
+    """Return the config's own recipe, others, and no distillation at all.
+
+    Args:
+        settings: the config.
+        changes: what each other recipe changes in the config, nested as there, by its title.
+    """
+    own = Variant("own", OWN)
+    others = tuple(recipe_variant(title, told) for title, told in changes.items())
+    without = ablation_plan(settings).variants[0]
+    none = Variant(without.name, "no distillation", without.changes, without.terms)
+    return Plan("recipes", "Recipes", (none, own, *others), own)
+
+
+def recipe_variant(title: str, changes: Mapping[str, Any]) -> Variant:
+    """Return the variant of a recipe; its folder depends on what it changes, so that a new title trains nothing."""
+    return Variant(f"recipe_{fingerprint(dict(changes))}", title, changes)
 
 
 def sensitivity_plan(of: Of, settings: RunSettings, depth: int, values: Sequence[Any] | None = None) -> Plan:

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from lrmil.errors import ConfigError
 from lrmil.evaluation.plots import BLACK, BLUE, GREEN, VERMILION, new_figure, save_figure, set_title, style_axes
-from lrmil.files import atomic_path
 from lrmil.studies.figures import arm_title, target_title
+from lrmil.studies.tables import write_table
 
 _APART = 0.012
 """How far curves are moved sideways, so that their intervals can be told apart"""
@@ -98,8 +98,7 @@ def write_curve(summaries: Sequence[Path], recipe: str, embedding: str, out: Pat
         raise ConfigError(f"no study has a recipe {recipe!r}.", fix=f"Choose from {sorted(set(curve['arm']))}.")
     shown = curve[curve["arm"].isin(["hr", "lr", recipe, "ceiling"]) & curve["embedding"].isin([embedding, "direct"])]
     written = [out.with_suffix(".csv"), out.with_suffix(".png")]
-    with atomic_path(written[0]) as scratch:
-        shown.to_csv(scratch, index=False, float_format="%.6g")
+    write_table(written[0], shown)
     save_figure(written[1], curve_figure(curve, recipe, embedding))
     return written
 

@@ -12,13 +12,14 @@ import pandas as pd
 
 from lrmil.errors import ConfigError
 from lrmil.evaluation.plots import save_figure
-from lrmil.files import atomic_path, write_json, write_text
+from lrmil.files import write_json, write_text
 from lrmil.pipeline.reporting import Reporter
 from lrmil.studies.figures import gains_figure, probes_figure, retrieval_figure
 from lrmil.studies.markdown import study_page
 from lrmil.studies.probe import Cell, ProbeStudy
 from lrmil.studies.settings import ProbeSettings
 from lrmil.studies.summary import results_table, retrieval_table
+from lrmil.studies.tables import write_table
 
 
 def run_probe(
@@ -70,8 +71,7 @@ def write_results(study: ProbeStudy, cells: Sequence[Cell]) -> list[Path]:
     written = []
     for table, frame in tables.items():
         written.append(folder / f"{name}_{table}.csv")
-        with atomic_path(written[-1]) as scratch:
-            frame.to_csv(scratch, index=False, float_format="%.6g")
+        write_table(written[-1], frame)
     summary = {
         "title": s.title,
         "fields": len(study.fields),

@@ -17,35 +17,32 @@ import pandas as pd
 from matplotlib.figure import Figure
 from pydantic import Field
 
-from lrmil.cohorts.simulated import SimulatedSettings, simulate_cohort
-from lrmil.distill import resolve_layers
+from lrmil.errors import ConfigError
 from lrmil.evaluation import Scored, bootstrap, paired_bootstrap
 from lrmil.evaluation.metrics import MAIN, metric
 from lrmil.evaluation.plots import BLACK, BLUE, new_figure, save_figure, set_title, style_axes
-from lrmil.files import atomic_path, write_json, write_text
-from lrmil.pipeline.config import RunSettings, parse_config
+from lrmil.files import write_json, write_text
+from lrmil.pipeline.ablate import require_trainable
 from lrmil.pipeline.context import Split
 from lrmil.pipeline.evaluate import TestPredictions
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.study import Study
-from lrmil.pipeline.variants import Variant
-from lrmil.settings import Settings, fingerprint
+from lrmil.pipeline.variants import OWN, Variant, distilled_blocks, recipe_variant
 from lrmil.studies.configs import load_config
 from lrmil.studies.markdown import bracketed
+from lrmil.studies.on_slides import OnSlides, simulated_run
+from lrmil.studies.tables import write_table
 
-OWN = "as it is"
 
-
-class ScreenSettings(Settings):
-    """A screen of recipes."""
+class ScreenSettings(OnSlides):
+    """A screen of recipes; its cohort is used for nothing else."""
 
     title: str = Field("Screen", description="heading")
-    out: str | None = Field(None, description="output folder; null: out/<name of the config> beside the config")
-    simulated: SimulatedSettings = Field(description="the cohort, used for nothing else")
-    run: dict[str, Any] = Field(default_factory=dict, description="a run's config, without cohort and out")
     num_folds: int = Field(3, ge=1, description="how many of the run's folds are trained, from the first")
     factors: dict[str, dict[str, dict[str, Any]]] = Field(
-        min_length=1, description="for each factor its values by heading, and what each changes in the run's config"
+        min_length=1,
+        description="for each factor its values by heading, and what each changes in stage1, teacher and student of "
+        "the run's config, or in encoder.student_embedding",
     )
     resamples: int = Field(2000, ge=100, description="of patients, for intervals")
 
@@ -66,38 +63,25 @@ def run_screen(settings: ScreenSettings, reporter: Reporter, *, publish: Path | 
     Raises:
         ConfigError: a recipe is impossible.
     """
-    assert settings.out is not None
-    out = Path(settings.out)
-    with reporter.task("Simulating slides", settings.simulated.slides) as progress:
-        table = simulate_cohort(out / "cohort", settings.simulated, on_progress=progress.reach)
-    run = parse_config(settings.run | {"cohort": {"table": str(table)}, "out": str(out / "run")}, "run")
+    run = simulated_run(settings, reporter)
     recipes = [("", Variant("own", OWN))]
     for factor, values in settings.factors.items():
-        recipes += [
-            (factor, Variant(f"screen_{fingerprint(changes)}", heading, changes)) for heading, changes in values.items()
-        ]
-    # Before hours of training: every recipe is possible.
+        recipes += [(factor, recipe_variant(title, told)) for title, told in values.items()]
     changed = [recipe.applied(run) for _, recipe in recipes]
     study = Study.begin(run, reporter)
-    study.layers = _layers(changed, study.encoder.depth)
+    _require_folds(study, settings.num_folds)
+    require_trainable(study, [recipe for _, recipe in recipes])
+    study.layers = distilled_blocks(changed, study.encoder.depth)
     study.prepare()
     del study.folds[settings.num_folds :]
-    rows = []
-    said: dict[str, Scored] = {}
-    for (factor, recipe), own_settings in zip(recipes, changed, strict=True):
-        own = study if own_settings == run else study.variant(recipe.name, own_settings)
-        said[recipe.name] = _validated(own, shared=own is not study and own.run.stage1_folder is not None)
-        rows.append(_row(factor, recipe, said[recipe.name], said["own"], settings, study))
+    rows: list[dict[str, Any]] = []
+    reference: Scored | None = None
+    for (factor, recipe), own in zip(recipes, changed, strict=True):
+        said = _validated(study if own == run else study.variant(recipe.name, own))
+        rows.append({"factor": factor, "recipe": recipe.title} | _scores(said, reference, study, settings.resamples))
+        reference = said if reference is None else reference
         reporter.line(f"  {factor or 'recipe'}, {recipe.title}: {bracketed(rows[-1], 'value', '.3f')}")
-    frame = pd.DataFrame(rows)
-    folder = out / "report" if publish is None else publish
-    paths = [folder / f"{out.name}{end}" for end in (".csv", ".md", ".png", "_settings.json")]
-    with atomic_path(paths[0]) as scratch:
-        frame.to_csv(scratch, index=False, float_format="%.6g")
-    write_text(paths[1], to_markdown(frame))
-    save_figure(paths[2], figure(frame, settings.title))
-    write_json(paths[3], settings.model_dump(mode="json", exclude={"out"}))
-    return paths
+    return _write(pd.DataFrame(rows), settings, settings.folder / "report" if publish is None else publish)
 
 
 def to_markdown(frame: pd.DataFrame) -> str:
@@ -126,12 +110,19 @@ def figure(frame: pd.DataFrame, title: str) -> Figure:
     return drawn
 
 
-def _validated(own: Study, *, shared: bool) -> Scored:
+def _require_folds(study: Study, num_folds: int) -> None:
+    own = study.run.settings.folds.num_folds
+    if num_folds > own:
+        raise ConfigError(
+            f"num_folds is {num_folds}, but the run has {own} folds.", fix="Set run.folds.num_folds, or train fewer."
+        )
+
+
+def _validated(own: Study) -> Scored:
     """Train a recipe on every fold, and return what it says of the fold's validation slides."""
     answers = TestPredictions(own.run)
     for split in own.folds:
-        if not shared:
-            own.distil(split)
+        own.distil(split)
         answers.add(OWN, _asked_of_validation(split), own.student(split))
     return answers.of(OWN)
 
@@ -141,20 +132,22 @@ def _asked_of_validation(split: Split) -> Split:
     return replace(split, test=split.val)
 
 
-def _row(
-    factor: str, recipe: Variant, said: Scored, own: Scored, settings: ScreenSettings, study: Study
-) -> dict[str, Any]:
-    name = MAIN[study.run.kind]
-    how: dict[str, Any] = {"seed": study.run.settings.seed, "resamples": settings.resamples}
-    found = bootstrap(said, name, **how)
-    row: dict[str, Any] = {"factor": factor, "recipe": recipe.title, "metric": name, "slides": len(said.slide_ids)}
-    row |= {"value": found.value, "value_low": found.low, "value_high": found.high}
-    if said is own:
-        return row | dict.fromkeys(("gain", "gain_low", "gain_high"), np.nan)
-    gain = paired_bootstrap(said, own, name, **how)
-    return row | {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
+def _scores(said: Scored, reference: Scored | None, study: Study, resamples: int) -> dict[str, Any]:
+    """Return a recipe's score, and its gain over the reference, with intervals."""
+    name, seed = MAIN[study.run.kind], study.run.settings.seed
+    found = bootstrap(said, name, seed=seed, resamples=resamples)
+    gain = None if reference is None else paired_bootstrap(said, reference, name, seed=seed, resamples=resamples)
+    row: dict[str, Any] = {"metric": name, "slides": len(said.slide_ids)}
+    for key, told in (("value", found), ("gain", gain)):
+        values = (np.nan,) * 3 if told is None else (told.value, told.low, told.high)
+        row |= dict(zip((key, f"{key}_low", f"{key}_high"), values, strict=True))
+    return row
 
 
-def _layers(changed: Sequence[RunSettings], depth: int) -> tuple[int, ...]:
-    """Return every block that some recipe distils."""
-    return tuple(sorted({layer for s in changed for layer in resolve_layers(s.stage1.loss.layers, depth)}))
+def _write(frame: pd.DataFrame, settings: ScreenSettings, folder: Path) -> list[Path]:
+    paths = [folder / f"{settings.folder.name}{end}" for end in (".csv", ".md", ".png", "_settings.json")]
+    write_table(paths[0], frame)
+    write_text(paths[1], to_markdown(frame))
+    save_figure(paths[2], figure(frame, settings.title))
+    write_json(paths[3], settings.model_dump(mode="json", exclude={"out"}))
+    return paths

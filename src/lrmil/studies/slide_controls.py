@@ -20,19 +20,19 @@ import pandas as pd
 from pydantic import Field
 
 from lrmil.bags import Bag
-from lrmil.cohorts.simulated import SimulatedSettings, simulate_cohort
 from lrmil.errors import ConfigError
 from lrmil.evaluation import Predictions, bootstrap, paired_bootstrap
-from lrmil.files import atomic_path, read_json, write_json, write_text
-from lrmil.pipeline.config import parse_config
+from lrmil.files import read_json, write_json, write_text
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.heads import slide_bag
 from lrmil.pipeline.reporting import Reporter, without_python_warnings
 from lrmil.pipeline.student import rows_of_children
 from lrmil.pipeline.study import Study
-from lrmil.settings import Settings, fingerprint
+from lrmil.settings import fingerprint
 from lrmil.studies.configs import load_config
 from lrmil.studies.markdown import bracketed
+from lrmil.studies.on_slides import OnSlides, simulated_run
+from lrmil.studies.tables import write_table
 from lrmil.training.seeds import derive_seed
 from lrmil.training.stage2 import (
     SlideBag,
@@ -53,13 +53,10 @@ ARMS = {
 _METHOD = 1
 
 
-class SlideControlSettings(Settings):
+class SlideControlSettings(OnSlides):
     """Negative controls of stage 2."""
 
     title: str = Field("Negative controls of stage 2", description="heading of tables")
-    out: str | None = Field(None, description="output folder; null: out/<name of the config> beside the config")
-    simulated: SimulatedSettings = Field(description="the cohort")
-    run: dict[str, Any] = Field(default_factory=dict, description="a run's config, without cohort and out")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="of the heads; stage 1 has the run's own seed")
     resamples: int = Field(2000, ge=100, description="of patients, for intervals")
 
@@ -82,12 +79,7 @@ def run_slide_controls(
     settings: SlideControlSettings, reporter: Reporter, *, publish: Path | None = None, train: bool = True
 ) -> list[Path]:
     """Simulate, encode, distil, then train every arm; resumes. `train` and `publish` as in `run_probe`."""
-    assert settings.out is not None
-    out = Path(settings.out)
-    with reporter.task("Simulating slides", settings.simulated.slides) as progress:
-        table = simulate_cohort(out / "cohort", settings.simulated, on_progress=progress.reach)
-    tree = settings.run | {"cohort": {"table": str(table)}, "out": str(out / "run")}
-    run_settings = parse_config(tree, "run")
+    out, run_settings = settings.folder, simulated_run(settings, reporter)
     key = fingerprint(_METHOD, settings.simulated, run_settings.model_dump(mode="json", exclude={"out", "cohort"}))
     cells = [(seed, fold) for seed in settings.seeds for fold in range(run_settings.folds.num_folds)]
     waiting = [cell for cell in cells if _stored(out, cell, key) is None] if train else []
@@ -192,8 +184,7 @@ def write_controls(
     )
     paths = [folder / f"{name}_{part}" for part in ("results.csv", "cells.csv", "table.md", "summary.json")]
     for path, frame in zip(paths[:2], (results, cells), strict=True):
-        with atomic_path(path) as scratch:
-            frame.to_csv(scratch, index=False, float_format="%.6g")
+        write_table(path, frame)
     write_text(paths[2], "\n".join(lines) + "\n")
     write_json(paths[3], {"settings": settings.model_dump(mode="json", exclude={"out"}), "cells_done": len(done)})
     return paths

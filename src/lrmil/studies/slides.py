@@ -13,24 +13,24 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from lrmil.cohorts.simulated import SimulatedSettings, simulate_cohort
 from lrmil.evaluation.plots import save_figure
-from lrmil.files import atomic_path, write_text
-from lrmil.pipeline.ablate import ablate, sensitivity
+from lrmil.files import write_text
+from lrmil.pipeline.ablate import ablate, compare_recipes, sensitivity
 from lrmil.pipeline.cohort import settings_cohort
 from lrmil.pipeline.compare import compare
-from lrmil.pipeline.config import RunSettings, parse_config
+from lrmil.pipeline.config import RunSettings
 from lrmil.pipeline.context import Run
 from lrmil.pipeline.heatmaps import SHOWN, heatmaps, methods_shown
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.run import run_all
 from lrmil.pipeline.variants import Of
-from lrmil.settings import Settings
 from lrmil.studies import fold_study
 from lrmil.studies.configs import load_config
 from lrmil.studies.locate import EPITHELIUM, locate, summarise, to_markdown
+from lrmil.studies.on_slides import OnSlides, simulated_run
+from lrmil.studies.tables import write_table
 
-Part = Literal["ablation", "comparison", "localisation", "folds"] | Of
+Part = Literal["ablation", "comparison", "localisation", "folds", "recipes"] | Of
 
 _TABLES = ("table3.md", "paper.md", "results.csv", "differences.csv", "recovery.csv")
 _NOT_PUBLISHED = (
@@ -41,23 +41,27 @@ _NOT_PUBLISHED = (
 )
 
 
-class SlideStudySettings(Settings):
+class SlideStudySettings(OnSlides):
     """A study of slides."""
 
     title: str = Field("Slides", description="heading")
-    out: str | None = Field(None, description="output folder; null: out/<name of the config> beside the config")
-    simulated: SimulatedSettings = Field(description="the cohort")
-    run: dict[str, Any] = Field(default_factory=dict, description="a run's config, without cohort and out")
     folds: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="for the part folds: heading of each way of splitting, and what it changes in the run's folds",
     )
+    recipes: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="for the part recipes: heading of each other recipe, and what it changes in stage1, teacher and "
+        "student of the run's config, or in encoder.student_embedding",
+    )
     parts: tuple[Part, ...] = Field(("ablation", "localisation"), description="what is asked, in this order")
 
     @model_validator(mode="after")
-    def _some_folds(self) -> Self:
+    def _told_parts(self) -> Self:
         if "folds" in self.parts and not self.folds:
             raise ValueError("the part folds needs ways of splitting under `folds`")
+        if "recipes" in self.parts and not self.recipes:
+            raise ValueError("the part recipes needs others under `recipes`")
         return self
 
 
@@ -74,12 +78,8 @@ def run_slide_study(settings: SlideStudySettings, reporter: Reporter, *, publish
         reporter: told of progress.
         publish: folder of the small results; None: report/ of the study's own folder.
     """
-    assert settings.out is not None
-    out = Path(settings.out)
+    out, run = settings.folder, simulated_run(settings, reporter)
     folder = out / "report" if publish is None else publish
-    with reporter.task("Simulating slides", settings.simulated.slides) as progress:
-        table = simulate_cohort(out / "cohort", settings.simulated, on_progress=progress.reach)
-    run = parse_config(settings.run | {"cohort": {"table": str(table)}, "out": str(out / "run")}, "run")
     tables = run_all(run, reporter, title=settings.title, simulated=True).folder.tables
     written = [_copy(path, folder / f"{out.name}_run_{path.name}") for path in sorted(tables.glob("results.*"))]
     for part in settings.parts:
@@ -89,15 +89,17 @@ def run_slide_study(settings: SlideStudySettings, reporter: Reporter, *, publish
         if part == "folds":
             written += _split_anew(settings, run, folder, out.name, reporter)
             continue
-        where = _doer(part)(run, reporter)
+        where = _doer(part, settings)(run, reporter)
         written += _published(where, folder, f"{out.name}_{part}")
     return written
 
 
-def _doer(part: Part) -> Callable[[RunSettings, Reporter], Path]:
+def _doer(part: Part, settings: SlideStudySettings) -> Callable[[RunSettings, Reporter], Path]:
     """Return what does a part, and says where its results lie."""
     if part == "ablation":
         return lambda run, reporter: ablate(run, reporter).folder.ablation
+    if part == "recipes":
+        return lambda run, reporter: compare_recipes(run, reporter, settings.recipes).folder.recipes
     if part == "comparison":
         return lambda run, reporter: compare(run, reporter).folder.comparison
     of = cast(Of, part)
@@ -121,8 +123,7 @@ def _localise(run: RunSettings, truth: Path, folder: Path, name: str, reporter: 
     summary = summarise(found, titles, baseline="lr_only", seed=run.seed)
     paths = [folder / f"{name}_localisation{end}" for end in ("_slides.csv", ".csv", ".md")]
     for path, frame in zip(paths[:2], (found, summary), strict=True):
-        with atomic_path(path) as scratch:
-            frame.to_csv(scratch, index=False, float_format="%.6g")
+        write_table(path, frame)
     write_text(paths[2], to_markdown(summary, found))
     drawn = heatmaps(run, [str(found["slide_id"].iloc[0])], reporter)
     return [*paths, *(_copy(path, folder / f"{name}_heatmap.png") for path in drawn)]
@@ -134,8 +135,7 @@ def _split_anew(
     """Train on other folds, and write the table and figure of that."""
     found = fold_study.fold_study(run, settings.folds, reporter)
     paths = [folder / f"{name}_folds{end}" for end in (".csv", ".md", ".png")]
-    with atomic_path(paths[0]) as scratch:
-        found.to_csv(scratch, index=False, float_format="%.6g")
+    write_table(paths[0], found)
     write_text(paths[1], fold_study.to_markdown(found))
     save_figure(paths[2], fold_study.figure(found, settings.title))
     return paths
