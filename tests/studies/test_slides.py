@@ -57,10 +57,18 @@ def test_a_study_of_slides_publishes_its_parts_and_resumes(tmp_path: Path, tiny_
     assert all(path.is_file() and path.parent == tmp_path / "docs" for path in written)
 
     recipes = pd.read_csv(tmp_path / "docs" / "tiny_recipes_results.csv").set_index("method")["auc"]
-    assert list(recipes.index) == ["no distillation", "as it is", "smaller steps"]
+    assert list(recipes.index) == ["HR teacher", "LR without distillation", "as it is", "smaller steps"]
     losses = pd.read_csv(tmp_path / "docs" / "tiny_ablation_results.csv").set_index("method")["auc"]
-    assert recipes["no distillation"] == losses["none"]
+    assert recipes["LR without distillation"] == losses["none"]
     assert recipes["as it is"] == losses["patch + bag + soft + hard"]
+
+    own = pd.read_csv(tmp_path / "docs" / "tiny_run_results.csv").set_index("method")["auc"]
+    assert recipes["HR teacher"] == own["HR teacher"], "the run's own teacher"
+    pairs = pd.read_csv(tmp_path / "docs" / "tiny_recipes_pairs.csv")
+    assert len(pairs) == 6
+    for row in pairs.to_dict("records"):
+        assert row["difference"] == pytest.approx(recipes[row["method"]] - recipes[row["less"]], abs=1e-5)
+    assert list(pd.read_csv(tmp_path / "docs" / "tiny_recipes_recovery.csv")["method"]) == ["as it is", "smaller steps"]
 
     found = pd.read_csv(tmp_path / "docs" / "tiny_localisation_slides.csv")
     table = pd.read_csv(tmp_path / "out" / "tiny" / "cohort" / "cohort.csv")

@@ -27,6 +27,14 @@ class Recovery:
     share: Interval | None
     """(method - lower) / gap, never clipped; None where the gap's interval holds 0 or `upper` is worse"""
 
+    def columns(self) -> dict[str, float]:
+        """Return gap and recovered, each with _low and _high, for a table; nan where there is no share."""
+        row: dict[str, float] = {}
+        for key, told in (("gap", self.gap), ("recovered", self.share)):
+            values = (np.nan,) * 3 if told is None else (told.value, told.low, told.high)
+            row |= dict(zip((key, f"{key}_low", f"{key}_high"), values, strict=True))
+        return row
+
 
 def recovered_share(
     method: Scored, upper: Scored, lower: Scored, name: str, *, seed: int, resamples: int = RESAMPLES

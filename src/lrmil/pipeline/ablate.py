@@ -9,15 +9,26 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from lrmil.bags import Bag
 from lrmil.errors import CohortError, ConfigError, GridMismatch, LrmilError, SlideTooCoarse
-from lrmil.evaluation import Cost, Scored, TextTable, concatenate, write_results
+from lrmil.evaluation import (
+    Cost,
+    Scored,
+    TextTable,
+    concatenate,
+    paired_bootstrap,
+    recovered_share,
+    write_results,
+)
 from lrmil.evaluation.comparison import Comparison, compare_report
 from lrmil.evaluation.comparison_files import write_comparison
-from lrmil.evaluation.metrics import metric
+from lrmil.evaluation.metrics import MAIN, metric
 from lrmil.evaluation.table_formats import to_latex, to_markdown
 from lrmil.evaluation.tables import metric_text, paper_metrics
 from lrmil.files import write_json, write_text
@@ -26,7 +37,7 @@ from lrmil.pipeline.checks import require_fitting_parts
 from lrmil.pipeline.config import RunSettings
 from lrmil.pipeline.context import Split
 from lrmil.pipeline.distill import stored_student
-from lrmil.pipeline.evaluate import TestPredictions, terminal_lines
+from lrmil.pipeline.evaluate import LR_ONLY, TEACHER, TestPredictions, terminal_lines
 from lrmil.pipeline.heads import Outputs, stored_head
 from lrmil.pipeline.keys import results_key
 from lrmil.pipeline.reporting import Reporter
@@ -160,12 +171,13 @@ def _carry_out(study: Study, plan: Plan, folder: Path) -> Outcome:
         _variants(study, plan, said)
     for note in plan.notes:
         reporter.line(f"  {note}")
+    titles = [*([TEACHER] if plan.with_teacher else []), *(v.title for v in plan.variants)]
     comparison = compare_report(
-        {v.title: concatenate(said.predictions[v.title]) for v in plan.variants},
+        {title: concatenate(said.predictions[title]) for title in titles},
         reference=plan.reference.title,
         dataset=run.cohort.name,
         task=s.cohort.task,
-        groups=dict.fromkeys((v.title for v in plan.variants), plan.heading),
+        groups=dict.fromkeys(titles, plan.heading),
         costs=said.costs,
         seed=s.evaluation.seed,
         resamples=s.evaluation.bootstrap,
@@ -175,6 +187,8 @@ def _carry_out(study: Study, plan: Plan, folder: Path) -> Outcome:
     with reporter.stage("report", f"Writing {folder.name}"):
         write_comparison(comparison, folder)
         _write_more(comparison, plan, folder)
+        if plan.with_teacher:
+            _write_recovery(comparison, plan, folder, s)
     run.folder.mark_done(folder, key)
     reporter.event(f"{plan.name} finished", failures=len(run.failures))
     return Outcome(run.folder, run.failures, _summary(comparison, plan, folder))
@@ -201,6 +215,8 @@ def _variants(study: Study, plan: Plan, said: Said) -> None:
             for split in own.folds:
                 # Read once for all variants, and a fold at a time, so that they fit into memory.
                 bags = own.student_bags(split)
+                if plan.with_teacher:
+                    answers.add(TEACHER, split, own.teacher(split))
                 for variant, changed in studies:
                     answers.add(variant.title, split, _student(own, changed, variant, split, bags))
                     if variant != plan.reference:
@@ -338,6 +354,23 @@ def _write_more(comparison: Comparison, plan: Plan, folder: Path) -> None:
     save_figure(folder / f"figure_{plan.name}.png", figure)
     if plan.name == "ablation":
         _write_table_3(comparison, plan, folder)
+
+
+def _write_recovery(comparison: Comparison, plan: Plan, folder: Path, settings: RunSettings) -> None:
+    """Write recovery.csv, each recipe's share of 20x - 5x; and pairs.csv, the paired difference of every two rows."""
+    said, name, own = comparison.predictions, MAIN[settings.cohort.kind], settings.evaluation
+    titles = [v.title for v in plan.variants if v.title != LR_ONLY]
+    rows: list[dict[str, Any]] = []
+    for title in titles:
+        found = recovered_share(said[title], said[TEACHER], said[LR_ONLY], name, seed=own.seed, resamples=own.bootstrap)
+        rows.append({"method": title, "metric": name, "patients": found.gap.patients} | found.columns())
+    write_results(folder / "recovery.csv", pd.DataFrame(rows))
+    pairs: list[dict[str, Any]] = []
+    for first, second in combinations(said, 2):
+        less = paired_bootstrap(said[first], said[second], name, seed=own.seed, resamples=own.bootstrap)
+        row = {"method": first, "less": second, "metric": name}
+        pairs.append(row | {"difference": less.value, "low": less.low, "high": less.high})
+    write_results(folder / "pairs.csv", pd.DataFrame(pairs))
 
 
 def _write_table_3(comparison: Comparison, plan: Plan, folder: Path) -> None:

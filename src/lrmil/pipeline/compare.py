@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from lrmil.errors import ConfigError, HeadError
@@ -117,11 +116,7 @@ def _recovered(comparison: Comparison, methods: Sequence[Method], settings: RunS
         found = recovered_share(
             said[LRMIL], said[method.title], said[LR_ONLY], name, seed=own.seed, resamples=own.bootstrap
         )
-        row = {"method": method.title, "metric": name, "patients": found.gap.patients}
-        for key, told in (("gap", found.gap), ("recovered", found.share)):
-            values = (np.nan,) * 3 if told is None else (told.value, told.low, told.high)
-            row |= dict(zip((key, f"{key}_low", f"{key}_high"), values, strict=True))
-        rows.append(row)
+        rows.append({"method": method.title, "metric": name, "patients": found.gap.patients} | found.columns())
     columns = (
         "method",
         "metric",

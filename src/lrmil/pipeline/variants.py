@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from lrmil.distill import resolve_layers
 from lrmil.errors import ConfigError
 from lrmil.pipeline.config import RunSettings
+from lrmil.pipeline.evaluate import LR_ONLY
 from lrmil.pipeline.overrides import validated
 from lrmil.settings import fingerprint
 
@@ -85,6 +86,8 @@ class Plan:
     """What the values are"""
     own_scales: bool = False
     """Whether variants need tiles and features of their own"""
+    with_teacher: bool = False
+    """Whether the 20x teacher is a row, too, and what the variants recover of its lead is told"""
     notes: tuple[str, ...] = ()
     """What was left out, and why"""
 
@@ -129,8 +132,8 @@ def recipes_plan(settings: RunSettings, changes: Mapping[str, Mapping[str, Any]]
     own = Variant("own", OWN)
     others = tuple(recipe_variant(title, told) for title, told in changes.items())
     without = ablation_plan(settings).variants[0]
-    none = Variant(without.name, "no distillation", without.changes, without.terms)
-    return Plan("recipes", "Recipes", (none, own, *others), own)
+    none = Variant(without.name, LR_ONLY, without.changes, without.terms)
+    return Plan("recipes", "Recipes", (none, own, *others), own, with_teacher=True)
 
 
 def recipe_variant(title: str, changes: Mapping[str, Any]) -> Variant:

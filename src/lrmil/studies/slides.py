@@ -32,7 +32,7 @@ from lrmil.studies.tables import write_table
 
 Part = Literal["ablation", "comparison", "localisation", "folds", "recipes"] | Of
 
-_TABLES = ("table3.md", "paper.md", "results.csv", "differences.csv", "recovery.csv")
+_TABLES = ("table3.md", "paper.md", "results.csv", "differences.csv", "recovery.csv", "pairs.csv")
 _NOT_PUBLISHED = (
     "figure_roc.png",
     "figure_reliability.png",
