@@ -160,6 +160,7 @@ def test_the_first_config_of_any_cohort_loads(tmp_path: Path, labels: tuple[str,
     assert settings.cohort.table == str(folder / "c.csv")
     assert settings.out == str(folder / "runs" / "a")
     assert settings.encoder.name == "lrmil-small"
+    assert settings.stage1.restore_spread, "what docs/evidence recommends"
     assert settings.grid.patch_px % settings.grid.ratio == 0
     assert any("10 slides" in line for line in said)
     with pytest.raises(ConfigError, match="exists"):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from lrmil.encoders import Encoder, EncoderCard, load_encoder, save_encoder
+from lrmil.encoders import Encoder, EncoderCard, encoder_cards, load_encoder, save_encoder
 from lrmil.encoders.embedding import embed
 from lrmil.encoders.vit import build_trunk
 from lrmil.errors import ConfigError
-from lrmil.training.spread import Spread, embedding_spread, restore_spread
+from lrmil.training.spread import Spread, embedding_spread, require_restorable_spread, restore_spread
 from lrmil.training.stage1 import Stage1Settings
 
 CARD = EncoderCard(
@@ -87,3 +87,11 @@ def test_what_does_not_end_with_a_norm_is_refused() -> None:
         restore_spread(encoder, moments, moments)
     with pytest.raises(ValidationError, match="begins as the HR encoder"):
         Stage1Settings(restore_spread=True, student={"name": "lrmil-small", "depth": 1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("card", encoder_cards(), ids=lambda card: card.name)
+def test_spread_can_be_restored_for_the_class_token_of_every_known_encoder(card: EncoderCard) -> None:
+    """`lrmil init` writes `restore_spread: true` beside `embedding: cls`, whatever the encoder."""
+    trunk = build_trunk(card, empty=True)
+    encoder = Encoder(card, trunk, input_px=card.input_px, embedding="cls", weights_source="none")
+    assert require_restorable_spread(encoder).normalized_shape == (encoder.embed_dim,)

@@ -36,7 +36,8 @@ encoder:
 stage1:  # patch-level distillation, for each fold anew
   learning_rate: 0.0001
   epochs: 20
-  batch_size: 32
+  batch_size: 32  # 8 where slides are few: more steps
+  restore_spread: true  # false in the paper; heads learn better with it, see docs/evidence
 teacher:  # the 20x head
   learning_rate: 0.0001
   epochs: 100
