@@ -12,7 +12,9 @@ import torch
 from lrmil.encoders import Encoder, EncoderCard, save_encoder
 from lrmil.encoders.vit import build_trunk
 from lrmil.errors import ConfigError
+from lrmil.pipeline.config import RunSettings
 from lrmil.pipeline.reporting import Reporter
+from lrmil.pipeline.variants import recipes_plan
 from lrmil.studies.slides import load_slide_study, run_slide_study
 
 CONFIG = """
@@ -135,6 +137,13 @@ def test_impossible_configs_are_refused(tmp_path: Path) -> None:
         load_slide_study(config, ["parts=[recipes]", "recipes={}"])
     with pytest.raises(ConfigError, match="visibility"):
         load_slide_study(config, ["simulated.nuclei.visibility=2"])
+
+
+@pytest.mark.parametrize("title", ["as it is", "HR teacher", "LR without distillation"])
+def test_a_recipe_cannot_have_the_name_of_another_row(title: str) -> None:
+    settings = RunSettings.model_validate({"cohort": {"table": "cohort.csv", "task": "label"}, "out": "run"})
+    with pytest.raises(ConfigError, match=title):
+        recipes_plan(settings, {title: {"stage1": {"epochs": 3}}})
 
 
 def test_the_committed_config_is_valid() -> None:

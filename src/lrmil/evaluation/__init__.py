@@ -5,7 +5,7 @@ Figures (`plots`, `slide_figures`, `overlay`) and `report` are imported from the
 
 from lrmil.evaluation.comparison import Comparison, compare_report, write_joint_tables
 from lrmil.evaluation.constant import constant_answer
-from lrmil.evaluation.intervals import Interval, bootstrap, paired_bootstrap
+from lrmil.evaluation.intervals import Interval, bootstrap, interval_columns, paired_bootstrap
 from lrmil.evaluation.metrics import METRICS, fold_scores, score
 from lrmil.evaluation.paired import compare_methods, delong, delong_test, holm, permutation_test
 from lrmil.evaluation.predictions import Predictions
@@ -34,6 +34,7 @@ __all__ = [
     "delong_test",
     "fold_scores",
     "holm",
+    "interval_columns",
     "kaplan_meier",
     "log_rank",
     "paired_bootstrap",

@@ -13,6 +13,7 @@ weighting them by n / (n - 1) removes this bias (Rao and Wu 1988).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -44,6 +45,12 @@ class Interval:
     def excludes_zero(self) -> bool:
         """True if the whole interval lies on one side of 0; False if it is undefined."""
         return bool(self.low > 0 or self.high < 0)
+
+
+def interval_columns(name: str, found: Interval | None) -> dict[str, float]:
+    """Return `name`, `name`_low and `name`_high for a row of a table; nan where nothing was found."""
+    values = (math.nan,) * 3 if found is None else (found.value, found.low, found.high)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from lrmil.evaluation.intervals import (
     Interval,
     check_paired,
     fold_average,
+    interval_columns,
     paired_bootstrap,
     resample_patients,
 )
@@ -29,11 +30,7 @@ class Recovery:
 
     def columns(self) -> dict[str, float]:
         """Return gap and recovered, each with _low and _high, for a table; nan where there is no share."""
-        row: dict[str, float] = {}
-        for key, told in (("gap", self.gap), ("recovered", self.share)):
-            values = (np.nan,) * 3 if told is None else (told.value, told.low, told.high)
-            row |= dict(zip((key, f"{key}_low", f"{key}_high"), values, strict=True))
-        return row
+        return interval_columns("gap", self.gap) | interval_columns("recovered", self.share)
 
 
 def recovered_share(

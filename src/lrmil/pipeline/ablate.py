@@ -22,6 +22,7 @@ from lrmil.evaluation import (
     Scored,
     TextTable,
     concatenate,
+    interval_columns,
     paired_bootstrap,
     recovered_share,
     write_results,
@@ -368,8 +369,7 @@ def _write_recovery(comparison: Comparison, plan: Plan, folder: Path, settings: 
     pairs: list[dict[str, Any]] = []
     for first, second in combinations(said, 2):
         less = paired_bootstrap(said[first], said[second], name, seed=own.seed, resamples=own.bootstrap)
-        row = {"method": first, "less": second, "metric": name}
-        pairs.append(row | {"difference": less.value, "low": less.low, "high": less.high})
+        pairs.append({"method": first, "less": second, "metric": name} | interval_columns("difference", less))
     write_results(folder / "pairs.csv", pd.DataFrame(pairs))
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from lrmil.distill import resolve_layers
 from lrmil.errors import ConfigError
 from lrmil.pipeline.config import RunSettings
-from lrmil.pipeline.evaluate import LR_ONLY
+from lrmil.pipeline.evaluate import LR_ONLY, TEACHER
 from lrmil.pipeline.overrides import validated
 from lrmil.settings import fingerprint
 
@@ -128,7 +128,13 @@ def recipes_plan(settings: RunSettings, changes: Mapping[str, Mapping[str, Any]]
     Args:
         settings: the config.
         changes: what each other recipe changes in the config, nested as there, by its title.
+
+    Raises:
+        ConfigError: a title is that of a row which is there anyway.
     """
+    taken = sorted({OWN, LR_ONLY, TEACHER} & changes.keys())
+    if taken:
+        raise ConfigError(f"no recipe can be called {taken[0]!r}: another row is.", fix="Give it another heading.")
     own = Variant("own", OWN)
     others = tuple(recipe_variant(title, told) for title, told in changes.items())
     without = ablation_plan(settings).variants[0]

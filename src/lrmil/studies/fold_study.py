@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lrmil.errors import ConfigError
-from lrmil.evaluation import Interval, Scored, bootstrap, paired_bootstrap, recovered_share
+from lrmil.evaluation import Scored, bootstrap, interval_columns, paired_bootstrap, recovered_share
 from lrmil.evaluation.metrics import MAIN, metric
 from lrmil.evaluation.plots import BLACK, BLUE, ORANGE, VERMILION, new_figure, set_title, style_axes
 from lrmil.pipeline.config import FoldSettings, RunSettings
@@ -117,18 +117,15 @@ def _scored(study: Study, said: Mapping[str, Scored]) -> list[dict[str, Any]]:
     ).share
     rows = []
     for method in METHODS:
-        row = {"method": method, "metric": name}
-        row |= _told("value", bootstrap(said[method], name, seed=s.seed, resamples=s.bootstrap))
+        row: dict[str, Any] = {"method": method, "metric": name}
+        row |= interval_columns("value", bootstrap(said[method], name, seed=s.seed, resamples=s.bootstrap))
         if method == LRMIL and recovered is not None:
-            row |= _told("recovered", recovered)
+            row |= interval_columns("recovered", recovered)
         if method != LRMIL:
-            row |= _told("gain", paired_bootstrap(said[LRMIL], said[method], name, seed=s.seed, resamples=s.bootstrap))
+            gain = paired_bootstrap(said[LRMIL], said[method], name, seed=s.seed, resamples=s.bootstrap)
+            row |= interval_columns("gain", gain)
         rows.append(row)
     return rows
-
-
-def _told(name: str, found: Interval) -> dict[str, Any]:
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 def _split_as(run: RunSettings, changes: Mapping[str, Any], source: str) -> RunSettings:

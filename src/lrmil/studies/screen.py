@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from pydantic import Field
 
 from lrmil.errors import ConfigError
-from lrmil.evaluation import Scored, bootstrap, paired_bootstrap
+from lrmil.evaluation import Scored, bootstrap, interval_columns, paired_bootstrap
 from lrmil.evaluation.metrics import MAIN, metric
 from lrmil.evaluation.plots import BLACK, BLUE, new_figure, save_figure, set_title, style_axes
 from lrmil.files import write_json, write_text
@@ -137,11 +137,8 @@ def _scores(said: Scored, reference: Scored | None, study: Study, resamples: int
     name, seed = MAIN[study.run.kind], study.run.settings.seed
     found = bootstrap(said, name, seed=seed, resamples=resamples)
     gain = None if reference is None else paired_bootstrap(said, reference, name, seed=seed, resamples=resamples)
-    row: dict[str, Any] = {"metric": name, "slides": len(said.slide_ids)}
-    for key, told in (("value", found), ("gain", gain)):
-        values = (np.nan,) * 3 if told is None else (told.value, told.low, told.high)
-        row |= dict(zip((key, f"{key}_low", f"{key}_high"), values, strict=True))
-    return row
+    about: dict[str, Any] = {"metric": name, "slides": len(said.slide_ids)}
+    return about | interval_columns("value", found) | interval_columns("gain", gain)
 
 
 def _write(frame: pd.DataFrame, settings: ScreenSettings, folder: Path) -> list[Path]:
