@@ -16,7 +16,6 @@ from lrmil.pipeline.context import Split
 from lrmil.studies.slide_controls import (
     ARMS,
     FoldBags,
-    SlideControlSettings,
     do_cell,
     load_slide_controls,
     shuffled_labels,
@@ -63,8 +62,7 @@ def test_all_weights_zero_equals_labels_alone_and_the_other_arms_do_not(tmp_path
     assert found["answers"]["stage2"] != found["answers"]["labels"]
     assert found["answers"]["shuffled"] != found["answers"]["stage2"]
     assert found["slides"] == list(fold.split.test)
-    settings = SlideControlSettings(simulated={}, resamples=100)
-    written = write_controls(settings, [found | {"seed": 0, "fold": 0}], tmp_path, "small")
+    written = write_controls([found | {"seed": 0, "fold": 0}], tmp_path, "small", resamples=100)
     results = pd.read_csv(written[0]).set_index("arm")
     assert list(results.index) == list(ARMS)
     assert results.loc["zero", "gain"] == results.loc["zero", "gain_low"] == results.loc["zero", "gain_high"] == 0

@@ -33,7 +33,7 @@ run:
   threads: 1
 recipes:
   smaller steps: {{stage1: {{learning_rate: 0.0001}}}}
-parts: [ablation, localisation, recipes]
+parts: [ablation, controls, localisation, recipes]
 """
 
 
@@ -71,6 +71,10 @@ def test_a_study_of_slides_publishes_its_parts_and_resumes(tmp_path: Path, tiny_
     for row in pairs.to_dict("records"):
         assert row["difference"] == pytest.approx(recipes[row["method"]] - recipes[row["less"]], abs=1e-5)
     assert list(pd.read_csv(tmp_path / "docs" / "tiny_recipes_recovery.csv")["method"]) == ["as it is", "smaller steps"]
+
+    controls = pd.read_csv(tmp_path / "docs" / "tiny_controls_results.csv").set_index("arm")
+    assert controls.loc["zero", "auc"] == controls.loc["labels", "auc"]
+    assert pd.read_csv(tmp_path / "docs" / "tiny_controls_cells.csv")["zero_equals_labels"].tolist() == [True] * 3
 
     found = pd.read_csv(tmp_path / "docs" / "tiny_localisation_slides.csv")
     table = pd.read_csv(tmp_path / "out" / "tiny" / "cohort" / "cohort.csv")

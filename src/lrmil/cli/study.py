@@ -113,8 +113,8 @@ def controls(
 def slides(config: Config, overrides: Override = None, publish: Publish = None, quiet: Quiet = False) -> None:
     """Whole slides: the method on a simulated cohort, its losses one by one, and where its attention lies.
 
-    The config names the cohort, the run, and the parts: ablation, comparison, localisation, folds, recipes, and what
-    can be varied (k, temperature, layers, aggregation, magnification). Resumes. Localisation asks how well the
+    The config names the cohort, the run, and the parts: ablation, comparison, controls, localisation, folds, recipes,
+    and what can be varied (k, temperature, layers, aggregation, magnification). Resumes. Localisation asks how well the
     attention of the teacher, of 5x without distillation and of LRMIL finds the truly positive regions of slides that no
     fold trained on; folds, what few patients or whole new sites do; recipes, what other settings of training do.
     """

@@ -20,9 +20,11 @@ import pandas as pd
 from pydantic import Field
 
 from lrmil.bags import Bag
+from lrmil.cohorts.simulated import SimulatedSettings
 from lrmil.errors import ConfigError
 from lrmil.evaluation import Predictions, bootstrap, paired_bootstrap
 from lrmil.files import read_json, write_json, write_text
+from lrmil.pipeline.config import RunSettings
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.heads import slide_bag
 from lrmil.pipeline.reporting import Reporter, without_python_warnings
@@ -79,24 +81,52 @@ def run_slide_controls(
     settings: SlideControlSettings, reporter: Reporter, *, publish: Path | None = None, train: bool = True
 ) -> list[Path]:
     """Simulate, encode, distil, then train every arm; resumes. `train` and `publish` as in `run_probe`."""
-    out, run_settings = settings.folder, simulated_run(settings, reporter)
-    key = fingerprint(_METHOD, settings.simulated, run_settings.model_dump(mode="json", exclude={"out", "cohort"}))
-    cells = [(seed, fold) for seed in settings.seeds for fold in range(run_settings.folds.num_folds)]
-    waiting = [cell for cell in cells if _stored(out, cell, key) is None] if train else []
-    reporter.line(f"{settings.title}: {len(cells)} cells, {len(waiting)} to do")
+    out, run = settings.folder, simulated_run(settings, reporter)
+    reporter.line(f"{settings.title}:")
+    done = control_cells(run, settings.simulated, settings.seeds, out / "cells", reporter, train=train)
+    if not done:
+        raise ConfigError("no cell of this study is finished.", fix="Run it first.")
+    folder = out / "report" if publish is None else publish
+    told = {"settings": settings.model_dump(mode="json", exclude={"out"}), "cells_done": len(done)}
+    summary = folder / f"{out.name}_summary.json"
+    written = write_controls(done, folder, out.name, settings.resamples)
+    write_json(summary, told)
+    return [*written, summary]
+
+
+def control_cells(
+    run: RunSettings,
+    simulated: SimulatedSettings,
+    seeds: Sequence[int],
+    folder: Path,
+    reporter: Reporter,
+    *,
+    train: bool = True,
+) -> list[dict[str, Any]]:
+    """Train every arm on every fold with every seed of the heads; resumes. Return the finished cells, see `do_cell`.
+
+    Args:
+        run: tiles, features and stage 1 are this run's, with its own seed.
+        simulated: the cohort of the run.
+        seeds: of the heads.
+        folder: where finished cells are kept.
+        reporter: told of progress.
+        train: False returns what is finished, and trains nothing.
+    """
+    key = fingerprint(_METHOD, simulated, run.model_dump(mode="json", exclude={"out", "cohort"}))
+    cells = [(seed, fold) for seed in seeds for fold in range(run.folds.num_folds)]
+    waiting = [cell for cell in cells if _stored(folder, cell, key) is None] if train else []
+    reporter.line(f"  {len(cells)} cells of controls, {len(waiting)} to do")
     if waiting:
-        study = Study.begin(run_settings, reporter)
+        study = Study.begin(run, reporter)
         for stage in ("tile", "encode", "distill"):
             study.do(stage)
         for seed, fold in waiting:
             split = study.folds[fold]
             found = do_cell(study.run, FoldBags(split, study.student_bags(split), study.hr_bags), seed)
-            write_json(_path(out, (seed, fold)), found | {"key": key, "seed": seed, "fold": fold})
+            write_json(_path(folder, (seed, fold)), found | {"key": key, "seed": seed, "fold": fold})
             reporter.line(f"  seed {seed}, fold {fold} done")
-    done = [found for found in (_stored(out, cell, key) for cell in cells) if found is not None]
-    if not done:
-        raise ConfigError("no cell of this study is finished.", fix="Run it first.")
-    return write_controls(settings, done, out / "report" if publish is None else publish, out.name)
+    return [found for found in (_stored(folder, cell, key) for cell in cells) if found is not None]
 
 
 def do_cell(run: Run, fold: FoldBags, seed: int) -> dict[str, Any]:
@@ -157,17 +187,15 @@ def same_weights(first: TrainedHead, second: TrainedHead) -> bool:
     return bool(shared) and all(one[name].equal(other[name]) for name in shared)
 
 
-def write_controls(
-    settings: SlideControlSettings, done: Sequence[Mapping[str, Any]], folder: Path, name: str
-) -> list[Path]:
-    """Write results.csv, cells.csv, table.md and summary.json of the finished cells."""
+def write_controls(done: Sequence[Mapping[str, Any]], folder: Path, name: str, resamples: int) -> list[Path]:
+    """Write results.csv, cells.csv and table.md of the finished cells; intervals resample patients."""
     found = {arm: _predictions(done, arm) for arm in ARMS}
     rows = []
     for arm, predictions in found.items():
-        auc = bootstrap(predictions, "auc", seed=0, resamples=settings.resamples)
+        auc = bootstrap(predictions, "auc", seed=0, resamples=resamples)
         row: dict[str, Any] = {"arm": arm, "auc": auc.value, "auc_low": auc.low, "auc_high": auc.high}
         if arm != "labels":
-            gain = paired_bootstrap(predictions, found["labels"], "auc", seed=0, resamples=settings.resamples)
+            gain = paired_bootstrap(predictions, found["labels"], "auc", seed=0, resamples=resamples)
             row |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
         rows.append(row)
     results = pd.DataFrame(rows)
@@ -182,11 +210,10 @@ def write_controls(
     lines.append(
         f"\nWith all weights 0, {equal} of {len(done)} heads equal the one trained on labels alone, bit for bit."
     )
-    paths = [folder / f"{name}_{part}" for part in ("results.csv", "cells.csv", "table.md", "summary.json")]
+    paths = [folder / f"{name}_{part}" for part in ("results.csv", "cells.csv", "table.md")]
     for path, frame in zip(paths[:2], (results, cells), strict=True):
         write_table(path, frame)
     write_text(paths[2], "\n".join(lines) + "\n")
-    write_json(paths[3], {"settings": settings.model_dump(mode="json", exclude={"out"}), "cells_done": len(done)})
     return paths
 
 
@@ -204,11 +231,11 @@ def _predictions(done: Sequence[Mapping[str, Any]], arm: str) -> Predictions:
     )
 
 
-def _path(out: Path, cell: tuple[int, int]) -> Path:
-    return out / "cells" / f"seed{cell[0]}_fold{cell[1]}.json"
+def _path(folder: Path, cell: tuple[int, int]) -> Path:
+    return folder / f"seed{cell[0]}_fold{cell[1]}.json"
 
 
-def _stored(out: Path, cell: tuple[int, int], key: str) -> dict[str, Any] | None:
-    path = _path(out, cell)
+def _stored(folder: Path, cell: tuple[int, int], key: str) -> dict[str, Any] | None:
+    path = _path(folder, cell)
     found: dict[str, Any] | None = read_json(path) if path.is_file() else None
     return found if found is not None and found.get("key") == key else None

@@ -28,9 +28,10 @@ from lrmil.studies import fold_study
 from lrmil.studies.configs import load_config
 from lrmil.studies.locate import EPITHELIUM, locate, summarise, to_markdown
 from lrmil.studies.on_slides import OnSlides, simulated_run
+from lrmil.studies.slide_controls import control_cells, write_controls
 from lrmil.studies.tables import write_table
 
-Part = Literal["ablation", "comparison", "localisation", "folds", "recipes"] | Of
+Part = Literal["ablation", "comparison", "controls", "localisation", "folds", "recipes"] | Of
 
 _TABLES = ("table3.md", "paper.md", "results.csv", "differences.csv", "recovery.csv", "pairs.csv")
 _NOT_PUBLISHED = (
@@ -89,6 +90,9 @@ def run_slide_study(settings: SlideStudySettings, reporter: Reporter, *, publish
         if part == "folds":
             written += _split_anew(settings, run, folder, out.name, reporter)
             continue
+        if part == "controls":
+            written += _control(settings, run, folder, reporter)
+            continue
         where = _doer(part, settings)(run, reporter)
         written += _published(where, folder, f"{out.name}_{part}")
     return written
@@ -139,6 +143,13 @@ def _split_anew(
     write_text(paths[1], fold_study.to_markdown(found))
     save_figure(paths[2], fold_study.figure(found, settings.title))
     return paths
+
+
+def _control(settings: SlideStudySettings, run: RunSettings, folder: Path, reporter: Reporter) -> list[Path]:
+    """Train negative controls of stage 2, with the seeds of a comparison."""
+    cells = settings.folder / "controls"
+    done = control_cells(run, settings.simulated, run.compare.seeds or (run.seed,), cells, reporter)
+    return write_controls(done, folder, f"{settings.folder.name}_controls", run.evaluation.bootstrap)
 
 
 def _copy(source: Path, target: Path) -> Path:
