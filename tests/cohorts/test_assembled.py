@@ -19,7 +19,7 @@ from lrmil.cohorts.assembled import (
     plan_slides,
 )
 from lrmil.cohorts.crchisto import CLASSES, read_crchisto
-from lrmil.cohorts.mosaic import CELL_PX, compose
+from lrmil.cohorts.mosaic import compose
 from lrmil.cohorts.truth import area_mask, read_areas, read_nuclei
 from lrmil.errors import CohortError
 from lrmil.files import read_json
@@ -145,6 +145,9 @@ def test_table_has_both_tasks_and_the_groups_as_patients(cohort: Path) -> None:
         assert {p["image"] for p in pieces} <= set(record["group_images"][row.patient_id])
         late = [int(p["image"][3:]) > 4 for p in pieces]
         assert row.epithelium == int(any(late))
+        nuclei = read_nuclei(cohort.parent / "truth" / f"{row.slide_id}.nuclei.npz")
+        assert row.nuclei_per_mm2 == pytest.approx(len(nuclei) / (len(pieces) * 0.224**2), rel=1e-5)
+        assert row.fibroblast_share == pytest.approx((nuclei.kind == CLASSES.index("fibroblast")).mean(), abs=1e-4)
 
 
 def test_slides_open_at_20x(cohort: Path) -> None:
@@ -154,9 +157,10 @@ def test_slides_open_at_20x(cohort: Path) -> None:
             assert len(slide.levels) == 3
 
 
-def test_truth_follows_every_turn_and_mirror(prepared: Path) -> None:
+@pytest.mark.parametrize("window_px", [448, 256])
+def test_truth_follows_every_turn_and_mirror(prepared: Path, window_px: int) -> None:
     """The dot of each nucleus lies, in its colour, where the table says."""
-    settings = AssembledSettings(groups=2, slides_per_group=4, fields=(12, 12))
+    settings = AssembledSettings(groups=2, slides_per_group=4, fields=(12, 12), window_px=window_px)
     images = read_crchisto(prepared)
     source = {image.name: image for image in images}
     pixels = {image.name: image.pixels() for image in images}
@@ -176,11 +180,11 @@ def test_cells_lie_on_the_grids_of_regions(cohort: Path) -> None:
     for slide_id in pd.read_csv(cohort)["slide_id"]:
         for area in read_areas(cohort.parent / "truth" / f"{slide_id}.geojson", "field"):
             x0, y0 = area[0].min(0)
-            assert x0 % CELL_PX == 0
-            assert y0 % CELL_PX == 0
-            assert (area[0].max(0) - area[0].min(0) == CELL_PX).all()
+            assert x0 % 448 == 0
+            assert y0 % 448 == 0
+            assert (area[0].max(0) - area[0].min(0) == 448).all()
         first = np.min([a[0].min(0) for a in read_areas(cohort.parent / "truth" / f"{slide_id}.geojson", "field")], 0)
-        assert (first % (2 * CELL_PX) == 0).all()
+        assert (first % (2 * 448) == 0).all()
 
 
 def test_positive_windows_are_positive_themselves(cohort: Path) -> None:

@@ -29,6 +29,7 @@ def register(app: typer.Typer) -> None:
     studies.command()(controls)
     studies.command()(slides)
     studies.command()(screen)
+    studies.command()(gaps)
     app.add_typer(studies, name="study")
 
 
@@ -135,6 +136,20 @@ def screen(config: Config, overrides: Override = None, publish: Publish = None, 
 
     settings = load_screen(config, overrides)
     for path in run_screen(settings, _reporter(settings.out, quiet), publish=publish):
+        print(path)
+
+
+def gaps(config: Config, overrides: Override = None, publish: Publish = None, quiet: Quiet = False) -> None:
+    """On which tasks is 20x better than 5x? Slides assembled from real tissue, nothing distilled.
+
+    Needs CRCHistoPhenotypes, which you download (--set crchisto=PATH). Every cohort of the config is asked every task, by
+    the same head at 20x and at 5x. Where there is no gap there is nothing to distil. Resumes. Writes a table with paired
+    intervals, and a figure.
+    """
+    from lrmil.studies.gaps import load_gaps, run_gaps
+
+    settings = load_gaps(config, overrides)
+    for path in run_gaps(settings, _reporter(settings.out, quiet), publish=publish):
         print(path)
 
 

@@ -9,7 +9,7 @@ Labels. A slide is positive if it holds a positive field. Task "inflammatory": a
 nuclei (an inflammatory focus). Task "epithelium": a field with at least one epithelial nucleus. In every group half of
 the slides are positive, and a positive slide holds as many positive fields as `positive_fields` says.
 
-Fields are laid out as `mosaic` says: a window of 448 px of each, edge to edge. The window of a positive field is placed
+Fields are laid out as `mosaic` says: a window of `window_px` of each, edge to edge. The window of a positive field is placed
 so that it is itself positive wherever such a place is found, else where it holds most of the nuclei in question (a
 focus whose cells lie along the border may fall below 30).
 """
@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 
 from lrmil.cohorts.contact_sheet import Tile, write_contact_sheet
 from lrmil.cohorts.crchisto import CLASSES, MPP, SourceImage, read_crchisto
-from lrmil.cohorts.mosaic import CELL_PX, AssembledSlide, Piece, compose, inside_window
+from lrmil.cohorts.mosaic import FIELD_PX, AssembledSlide, Piece, compose, inside_window
 from lrmil.cohorts.truth import box_polygon, is_finished, read_areas, write_truth
 from lrmil.errors import CohortError
 from lrmil.files import read_json, sha256, write_json, write_text
@@ -38,8 +38,8 @@ from lrmil.slides import write_pyramid
 
 Progress = Callable[[int, int, str], None]
 _WINDOW_TRIES = 40
-_LAYING = 1
-"""Raised whenever the same settings give other pixels than before; finished slides are then made anew."""
+_LAYING = 2
+"""Raised whenever the same settings give other pixels or truth than before; finished slides are then made anew."""
 
 
 class AssembledSettings(Settings):
@@ -56,6 +56,12 @@ class AssembledSettings(Settings):
     fields: tuple[int, int] = Field((4, 12), description="fewest and most fields on a slide")
     positive_fields: tuple[float, float] = Field(
         (0.1, 0.4), description="least and greatest share of positive fields on a positive slide; at least one field"
+    )
+    window_px: int = Field(
+        448,
+        ge=64,
+        le=FIELD_PX,
+        description="side of the window of a field that a slide shows; as wide as a region, one region is one field",
     )
     jpeg_quality: int = Field(92, ge=50, le=100, description="JPEG quality of the slides")
 
@@ -109,7 +115,7 @@ def plan_slides(groups: Sequence[Sequence[SourceImage]], settings: AssembledSett
             rng = np.random.default_rng([settings.seed, 3, g, s])
             positive = s % 2 == 0
             pieces = _draw_pieces(rng, group, positive, settings)
-            slides.append(AssembledSlide(f"A{number + 1:03d}", f"G{g + 1:02d}", positive, pieces))
+            slides.append(AssembledSlide(f"A{number + 1:03d}", f"G{g + 1:02d}", positive, pieces, settings.window_px))
     return sorted(slides, key=lambda slide: slide.slide_id)
 
 
@@ -126,7 +132,8 @@ def assemble_cohort(
     cohort.csv, assembled.json (settings, groups, which field is where) and contact_sheet.png. cohort.csv has
     slide_id, patient_id (the group), label (negative or positive, of `settings.task`), path, mpp, and further tasks
     that follow from the same slides: inflammatory and epithelium (0 or 1; the one that is not `settings.task` is not
-    balanced), inflammatory_share and epithelial_share (of all nuclei of the slide). Finished slides are kept.
+    balanced), epithelial_share, fibroblast_share and inflammatory_share (of all nuclei of the slide), and
+    nuclei_per_mm2. Finished slides are kept.
 
     Args:
         source_dir: folder of CRCHistoPhenotypes, see `crchisto`.
@@ -179,13 +186,13 @@ def _draw_pieces(
     pieces = []
     for flag in rng.permutation(np.arange(count) < hits):
         image = pools[bool(flag)][int(rng.integers(len(pools[bool(flag)])))]
-        offset = _place_window(rng, image, settings) if flag else _random_offset(rng)
+        offset = _place_window(rng, image, settings) if flag else _random_offset(rng, settings)
         pieces.append(Piece(image.name, offset, int(rng.integers(4)), bool(rng.integers(2)), bool(flag)))
     return tuple(pieces)
 
 
-def _random_offset(rng: np.random.Generator) -> tuple[int, int]:
-    x, y = rng.integers(0, 500 - CELL_PX + 1, 2)
+def _random_offset(rng: np.random.Generator, settings: AssembledSettings) -> tuple[int, int]:
+    x, y = rng.integers(0, FIELD_PX - settings.window_px + 1, 2)
     return int(x), int(y)
 
 
@@ -195,8 +202,8 @@ def _place_window(rng: np.random.Generator, image: SourceImage, settings: Assemb
     wanted = image.kind == CLASSES.index(kind)
     best, most = (0, 0), -1
     for _ in range(_WINDOW_TRIES):
-        x0, y0 = _random_offset(rng)
-        held = int((wanted & inside_window(image, (x0, y0))).sum())
+        x0, y0 = _random_offset(rng, settings)
+        held = int((wanted & inside_window(image, (x0, y0), settings.window_px)).sum())
         if held >= least:
             return x0, y0
         if held > most:
@@ -206,9 +213,9 @@ def _place_window(rng: np.random.Generator, image: SourceImage, settings: Assemb
 
 def _checked_pixels(image: SourceImage) -> npt.NDArray[np.uint8]:
     pixels = image.pixels()
-    if pixels.shape != (500, 500, 3):
+    if pixels.shape != (FIELD_PX, FIELD_PX, 3):
         raise CohortError(
-            f"{image.path} measures {pixels.shape[1]} x {pixels.shape[0]} px, not 500 x 500.",
+            f"{image.path} measures {pixels.shape[1]} x {pixels.shape[0]} px, not {FIELD_PX} x {FIELD_PX}.",
             fix="Give CRCHistoPhenotypes as it was released.",
         )
     return pixels
@@ -225,7 +232,7 @@ def _write_slide(
 ) -> None:
     canvas, nuclei, corners = compose(slide, source, pixels)
     write_pyramid(path, canvas, MPP, quality=settings.jpeg_quality, description=f"assembled slide {slide.slide_id}")
-    cells = [box_polygon(x, y, x + CELL_PX, y + CELL_PX) for x, y in corners]
+    cells = [box_polygon(x, y, x + slide.window_px, y + slide.window_px) for x, y in corners]
     areas = {"field": cells, "positive": [c for c, p in zip(cells, slide.pieces, strict=True) if p.positive]}
     share = {f"{name}_share": float((nuclei.kind == k).sum() / max(len(nuclei), 1)) for k, name in enumerate(CLASSES)}
     fields = [source[piece.image] for piece in slide.pieces]
@@ -237,6 +244,7 @@ def _write_slide(
         "epithelium": int(any(is_positive(f, "epithelium", settings) for f in fields)),
         **share,
         "nuclei": len(nuclei),
+        "nuclei_per_mm2": len(nuclei) / (len(slide.pieces) * (slide.window_px * MPP / 1000) ** 2),
         "fields": [piece.image for piece in slide.pieces],
         "fingerprint": mark,
     }
@@ -277,7 +285,8 @@ def _write_record(
 
 
 def _write_table(out: Path, slides: Sequence[AssembledSlide]) -> Path:
-    extra = ["inflammatory", "epithelium", "inflammatory_share", "epithelial_share"]
+    shares = [f"{name}_share" for name in CLASSES if name != "others"]
+    extra = ["inflammatory", "epithelium", *shares, "nuclei_per_mm2"]
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["slide_id", "patient_id", "label", "path", "mpp", *extra])

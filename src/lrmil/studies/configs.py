@@ -45,7 +45,7 @@ def _read(path: Path) -> dict[str, object]:
 
 def _anchor(raw: dict[str, object], base: Path) -> None:
     """Make paths absolute, once."""
-    places = [(raw, "out"), (raw.get("fields"), "crchisto"), (raw.get("encoder"), "weights")]
+    places = [(raw, "out"), (raw, "crchisto"), (raw.get("fields"), "crchisto"), (raw.get("encoder"), "weights")]
     for section, name in places:
         if isinstance(section, dict) and isinstance(section.get(name), str):
             section[name] = str(base / Path(section[name]).expanduser())

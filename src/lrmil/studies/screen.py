@@ -30,7 +30,7 @@ from lrmil.pipeline.study import Study
 from lrmil.pipeline.variants import OWN, Variant, distilled_blocks, recipe_variant
 from lrmil.studies.configs import load_config
 from lrmil.studies.markdown import bracketed
-from lrmil.studies.on_slides import OnSlides, simulated_run
+from lrmil.studies.on_slides import OnSlides, prepared_run
 from lrmil.studies.tables import write_table
 
 
@@ -63,7 +63,7 @@ def run_screen(settings: ScreenSettings, reporter: Reporter, *, publish: Path | 
     Raises:
         ConfigError: a recipe is impossible.
     """
-    run = simulated_run(settings, reporter)
+    run = prepared_run(settings, reporter)
     recipes = [("", Variant("own", OWN))]
     for factor, values in settings.factors.items():
         recipes += [(factor, recipe_variant(title, told)) for title, told in values.items()]

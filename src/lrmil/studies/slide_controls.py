@@ -20,7 +20,6 @@ import pandas as pd
 from pydantic import Field
 
 from lrmil.bags import Bag
-from lrmil.cohorts.simulated import SimulatedSettings
 from lrmil.errors import ConfigError
 from lrmil.evaluation import Predictions, bootstrap, paired_bootstrap
 from lrmil.files import read_json, write_json, write_text
@@ -30,10 +29,10 @@ from lrmil.pipeline.heads import slide_bag
 from lrmil.pipeline.reporting import Reporter, without_python_warnings
 from lrmil.pipeline.student import rows_of_children
 from lrmil.pipeline.study import Study
-from lrmil.settings import fingerprint
+from lrmil.settings import Settings, fingerprint
 from lrmil.studies.configs import load_config
 from lrmil.studies.markdown import bracketed
-from lrmil.studies.on_slides import OnSlides, simulated_run
+from lrmil.studies.on_slides import OnSlides, prepared_run
 from lrmil.studies.tables import write_table
 from lrmil.training.seeds import derive_seed
 from lrmil.training.stage2 import (
@@ -81,9 +80,9 @@ def run_slide_controls(
     settings: SlideControlSettings, reporter: Reporter, *, publish: Path | None = None, train: bool = True
 ) -> list[Path]:
     """Simulate, encode, distil, then train every arm; resumes. `train` and `publish` as in `run_probe`."""
-    out, run = settings.folder, simulated_run(settings, reporter)
+    out, run = settings.folder, prepared_run(settings, reporter)
     reporter.line(f"{settings.title}:")
-    done = control_cells(run, settings.simulated, settings.seeds, out / "cells", reporter, train=train)
+    done = control_cells(run, settings.made_of, settings.seeds, out / "cells", reporter, train=train)
     if not done:
         raise ConfigError("no cell of this study is finished.", fix="Run it first.")
     folder = out / "report" if publish is None else publish
@@ -96,7 +95,7 @@ def run_slide_controls(
 
 def control_cells(
     run: RunSettings,
-    simulated: SimulatedSettings,
+    made_of: Settings,
     seeds: Sequence[int],
     folder: Path,
     reporter: Reporter,
@@ -107,13 +106,13 @@ def control_cells(
 
     Args:
         run: tiles, features and stage 1 are this run's, with its own seed.
-        simulated: the cohort of the run.
+        made_of: what the cohort of the run is made by.
         seeds: of the heads.
         folder: where finished cells are kept.
         reporter: told of progress.
         train: False returns what is finished, and trains nothing.
     """
-    key = fingerprint(_METHOD, simulated, run.model_dump(mode="json", exclude={"out", "cohort"}))
+    key = fingerprint(_METHOD, made_of, run.model_dump(mode="json", exclude={"out", "cohort"}))
     cells = [(seed, fold) for seed in seeds for fold in range(run.folds.num_folds)]
     waiting = [cell for cell in cells if _stored(folder, cell, key) is None] if train else []
     reporter.line(f"  {len(cells)} cells of controls, {len(waiting)} to do")

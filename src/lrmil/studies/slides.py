@@ -27,7 +27,7 @@ from lrmil.pipeline.variants import Of
 from lrmil.studies import fold_study
 from lrmil.studies.configs import load_config
 from lrmil.studies.locate import EPITHELIUM, locate, summarise, to_markdown
-from lrmil.studies.on_slides import OnSlides, simulated_run
+from lrmil.studies.on_slides import OnSlides, prepared_run
 from lrmil.studies.slide_controls import control_cells, write_controls
 from lrmil.studies.tables import write_table
 
@@ -79,9 +79,9 @@ def run_slide_study(settings: SlideStudySettings, reporter: Reporter, *, publish
         reporter: told of progress.
         publish: folder of the small results; None: report/ of the study's own folder.
     """
-    out, run = settings.folder, simulated_run(settings, reporter)
+    out, run = settings.folder, prepared_run(settings, reporter)
     folder = out / "report" if publish is None else publish
-    tables = run_all(run, reporter, title=settings.title, simulated=True).folder.tables
+    tables = run_all(run, reporter, title=settings.title, simulated=settings.simulated is not None).folder.tables
     written = [_copy(path, folder / f"{out.name}_run_{path.name}") for path in sorted(tables.glob("results.*"))]
     for part in settings.parts:
         if part == "localisation":
@@ -148,7 +148,7 @@ def _split_anew(
 def _control(settings: SlideStudySettings, run: RunSettings, folder: Path, reporter: Reporter) -> list[Path]:
     """Train negative controls of stage 2, with the seeds of a comparison."""
     cells = settings.folder / "controls"
-    done = control_cells(run, settings.simulated, run.compare.seeds or (run.seed,), cells, reporter)
+    done = control_cells(run, settings.made_of, run.compare.seeds or (run.seed,), cells, reporter)
     return write_controls(done, folder, f"{settings.folder.name}_controls", run.evaluation.bootstrap)
 
 

@@ -1,0 +1,160 @@
+"""Where is 20x better than 5x? Tasks and cohorts of slides assembled from real tissue, before anything is distilled.
+
+A student can only recover what its teacher has more than 5x. So each task is asked of the same head at 20x and at 5x, on the
+same slides, folds and seeds, and nothing else: no stage 1, no student. What comes out says on which of them a study of
+distillation can mean anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+from matplotlib.figure import Figure
+from pydantic import Field, model_validator
+
+from lrmil.cohorts.assembled import AssembledSettings
+from lrmil.errors import ConfigError
+from lrmil.evaluation.metrics import MAIN, metric
+from lrmil.evaluation.plots import BLACK, BLUE, new_figure, save_figure, set_title, style_axes
+from lrmil.files import write_json, write_text
+from lrmil.pipeline.compare import compare
+from lrmil.pipeline.evaluate import LR_ONLY
+from lrmil.pipeline.methods import methods_named
+from lrmil.pipeline.overrides import validated
+from lrmil.pipeline.reporting import Reporter
+from lrmil.settings import Settings
+from lrmil.studies.configs import load_config
+from lrmil.studies.markdown import bracketed
+from lrmil.studies.on_slides import OnSlides, prepared_run
+from lrmil.studies.tables import write_table
+from lrmil.tasks import TaskKind
+
+_HR = "abmil"
+_FIELDS = {"slides": "slides", "patients": "groups", "seeds": "seeds"}
+
+
+class GapSettings(Settings):
+    """Which cohorts, and what is asked of each."""
+
+    title: str = Field("20x against 5x", description="heading")
+    out: str | None = Field(None, description="output folder; null: out/<name of the config> beside the config")
+    crchisto: str = Field(description="folder of CRCHistoPhenotypes")
+    cohorts: dict[str, dict[str, Any]] = Field(min_length=1, description="settings of `lrmil assemble`, by heading")
+    tasks: dict[str, TaskKind] = Field(min_length=1, description="columns of the cohort table, and what is asked")
+    run: dict[str, Any] = Field(default_factory=dict, description="a run's config, without cohort, compare and out")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="of the heads")
+
+    @model_validator(mode="after")
+    def _own_folders(self) -> Self:
+        if len({_slug(title) for title in self.cohorts}) < len(self.cohorts):
+            raise ValueError("two cohorts have headings that differ in punctuation alone")
+        return self
+
+
+def load_gaps(path: Path, overrides: Sequence[str] | None = None) -> GapSettings:
+    """Read the config; see `load_config`."""
+    return load_config(GapSettings, path, overrides)
+
+
+def run_gaps(settings: GapSettings, reporter: Reporter, *, publish: Path | None = None) -> list[Path]:
+    """Assemble every cohort and compare 20x with 5x on every task; resumes. Return what was published.
+
+    Args:
+        settings: of the study.
+        reporter: told of progress.
+        publish: folder of table and figure; None: report/ of the study's own folder.
+
+    Raises:
+        ConfigError, CohortError: a cohort or the run's config is impossible.
+    """
+    assert settings.out is not None  # `load_config` names one
+    out = Path(settings.out)
+    cohorts = {t: validated(AssembledSettings, told, f"cohorts, {t}") for t, told in settings.cohorts.items()}
+    rows = []
+    for title, assembled in cohorts.items():
+        reporter.line(f"{title}:")
+        for task, kind in settings.tasks.items():
+            told = {
+                "cohort": {"tasks": settings.tasks, "task": task},
+                "compare": {"methods": [_HR, "lr_only"], "reference": _HR, "seeds": list(settings.seeds)},
+            }
+            own = OnSlides(
+                out=str(out / _slug(title)),
+                assembled=assembled,
+                crchisto=settings.crchisto,
+                run=settings.run | told,
+            )
+            where = compare(prepared_run(own, reporter), reporter).folder.comparison
+            rows.append({"cohort": title, "task": task} | _gap(where, kind))
+            reporter.line(f"  {task}: 20x - 5x {bracketed(rows[-1], 'gap', '+.2f')}")
+    return _write(pd.DataFrame(rows), settings, out.name, out / "report" if publish is None else publish)
+
+
+def to_markdown(frame: pd.DataFrame) -> str:
+    """Write the frame as a table, a line a cohort and task."""
+    lines = [
+        "| cohort | slides | task | measured by | 20x | 5x | 20x - 5x, paired |",
+        "|---|---:|---|---|---:|---:|---:|",
+    ]
+    for row in frame.to_dict("records"):
+        gap = bracketed(row, "gap", "+.2f")
+        cells = [
+            row["cohort"],
+            str(row["slides"]),
+            row["task"],
+            metric(row["metric"]).title,
+            bracketed(row, "hr", ".2f"),
+            bracketed(row, "lr", ".2f"),
+            f"**{gap}**" if row["gap_low"] > 0 else gap,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(frame: pd.DataFrame, title: str) -> Figure:
+    """Draw 20x - 5x of every cohort and task as a row, with its interval."""
+    drawn = new_figure(7.5, 1.2 + 0.28 * len(frame))
+    ax = drawn.subplots()
+    rows = frame.to_dict("records")
+    for place, row in enumerate(reversed(rows)):
+        ax.plot([row["gap_low"], row["gap_high"]], [place, place], color=BLUE, lw=1.6, alpha=0.6)
+        ax.plot([row["gap"]], [place], "o", color=BLUE, ms=5)
+    ax.axvline(0, color=BLACK, linewidth=0.8)
+    style_axes(ax, "20x - 5x, of AUC or R², paired, 95 % interval over groups", "")
+    names = [f"{row['cohort']}: {row['task']} ({metric(row['metric']).title})" for row in reversed(rows)]
+    ax.set_yticks(range(len(rows)), names, fontsize=8)
+    set_title(drawn, title)
+    return drawn
+
+
+def _gap(comparison: Path, kind: TaskKind) -> dict[str, Any]:
+    """Read what both methods scored, and their paired difference, from a comparison's tables."""
+    name = MAIN[kind]
+    (hr,) = methods_named([_HR], kind)
+    results = pd.read_csv(comparison / "results.csv").set_index("method")
+    differences = pd.read_csv(comparison / "differences.csv")
+    less = differences[(differences["method"] == LR_ONLY) & (differences["metric"] == name)]
+    if len(less) != 1:
+        raise ConfigError(f"{comparison}: no difference of {name} between 20x and 5x.", fix="Compare them again.")
+    row: dict[str, Any] = {"metric": name} | {own: int(results.loc[hr.title, n]) for n, own in _FIELDS.items()}
+    for short, method in (("hr", hr.title), ("lr", LR_ONLY)):
+        row |= {f"{short}{end}": float(results.loc[method, f"{name}{end}"]) for end in ("", "_low", "_high")}
+    gap: Mapping[Any, Any] = less.iloc[0].to_dict()
+    return row | {"gap": gap["difference"], "gap_low": gap["low"], "gap_high": gap["high"]}
+
+
+def _write(frame: pd.DataFrame, settings: GapSettings, name: str, folder: Path) -> list[Path]:
+    paths = [folder / f"{name}{end}" for end in (".csv", ".md", ".png", "_settings.json")]
+    write_table(paths[0], frame)
+    write_text(paths[1], to_markdown(frame))
+    save_figure(paths[2], figure(frame, settings.title))
+    write_json(paths[3], settings.model_dump(mode="json", exclude={"out", "crchisto"}))
+    return paths
+
+
+def _slug(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
