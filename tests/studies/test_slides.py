@@ -154,3 +154,8 @@ def test_the_committed_config_is_valid() -> None:
     folder = Path(__file__).resolve().parents[2] / "evidence"
     for path in sorted(folder.glob("slides-*.yaml")):
         assert "localisation" in load_slide_study(path).parts
+    seeds = [load_slide_study(path).made_of.seed for path in folder.glob("slides-*.yaml")]
+    for name in ("confirmation", "survival-status"):
+        settings = load_slide_study(folder / f"{name}.yaml")
+        assert settings.made_of.seed not in seeds, "other slides than those on which the recipe was chosen"
+        assert settings.run["stage1"]["learning_rate"] == 1e-4

@@ -142,9 +142,9 @@ def screen(config: Config, overrides: Override = None, publish: Publish = None, 
 def gaps(config: Config, overrides: Override = None, publish: Publish = None, quiet: Quiet = False) -> None:
     """On which tasks is 20x better than 5x? Slides assembled from real tissue, nothing distilled.
 
-    Needs CRCHistoPhenotypes, which you download (--set crchisto=PATH). Every cohort of the config is asked every task, by
-    the same head at 20x and at 5x. Where there is no gap there is nothing to distil. Resumes. Writes a table with paired
-    intervals, and a figure.
+    Needs CRCHistoPhenotypes, which you download (--set crchisto=PATH). Every cohort of the config is asked every task,
+    by the same head at 20x and at 5x. Where there is no gap there is nothing to distil. Resumes. Writes a table with
+    paired intervals, and a figure.
     """
     from lrmil.studies.gaps import load_gaps, run_gaps
 

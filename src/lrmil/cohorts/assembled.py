@@ -9,9 +9,9 @@ Labels. A slide is positive if it holds a positive field. Task "inflammatory": a
 nuclei (an inflammatory focus). Task "epithelium": a field with at least one epithelial nucleus. In every group half of
 the slides are positive, and a positive slide holds as many positive fields as `positive_fields` says.
 
-Fields are laid out as `mosaic` says: a window of `window_px` of each, edge to edge. The window of a positive field is placed
-so that it is itself positive wherever such a place is found, else where it holds most of the nuclei in question (a
-focus whose cells lie along the border may fall below 30).
+Fields are laid out as `mosaic` says: a window of `window_px` of each, edge to edge. The window of a positive field is
+placed so that it is itself positive wherever such a place is found, else where it holds most of the nuclei in question
+(a focus whose cells lie along the border, or a small window, may hold fewer than 30).
 """
 
 from __future__ import annotations

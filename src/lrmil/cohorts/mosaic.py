@@ -4,8 +4,8 @@ Regions are laid on a grid of 448 or 896 level-0 px (patches of 112 or 224 px, r
 500 px wide. A window of 448 px of each field, turned and mirrored, goes to a cell of 448 px, edge to edge with its
 neighbours. With 112-px patches each region is then one window of one field, and its truth is that field's; with 224-px
 patches it is two by two windows, and seams fall between children, never inside one. Windows of 256 px do the same for
-patches of 64 and 128 px. Tissue finding needs some glass around: two cells to the left and above, which keeps the mosaic
-on both grids, and one to the right and below.
+patches of 64 and 128 px. Tissue finding needs some glass around: two cells to the left and above, which keeps the
+mosaic on both grids, and one to the right and below.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """Where is 20x better than 5x? Tasks and cohorts of slides assembled from real tissue, before anything is distilled.
 
-A student can only recover what its teacher has more than 5x. So each task is asked of the same head at 20x and at 5x, on the
-same slides, folds and seeds, and nothing else: no stage 1, no student. What comes out says on which of them a study of
-distillation can mean anything.
+A student can only recover what its teacher has more than 5x. So each task is asked of the same head at 20x and at 5x,
+on the same slides, folds and seeds, and nothing else: no stage 1, no student. What comes out says on which of them a
+study of distillation can mean anything.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from lrmil.cohorts.assembled import AssembledSettings
 from lrmil.errors import ConfigError
-from lrmil.evaluation.metrics import MAIN, metric
+from lrmil.evaluation.metrics import metric
 from lrmil.evaluation.plots import BLACK, BLUE, new_figure, save_figure, set_title, style_axes
 from lrmil.files import write_json, write_text
 from lrmil.pipeline.compare import compare
@@ -34,6 +34,8 @@ from lrmil.studies.tables import write_table
 from lrmil.tasks import TaskKind
 
 _HR = "abmil"
+_MEASURE: dict[TaskKind, str] = {"classification": "auc", "regression": "pearson"}
+"""What tasks of different units can be compared by"""
 _FIELDS = {"slides": "slides", "patients": "groups", "seeds": "seeds"}
 
 
@@ -44,8 +46,10 @@ class GapSettings(Settings):
     out: str | None = Field(None, description="output folder; null: out/<name of the config> beside the config")
     crchisto: str = Field(description="folder of CRCHistoPhenotypes")
     cohorts: dict[str, dict[str, Any]] = Field(min_length=1, description="settings of `lrmil assemble`, by heading")
-    tasks: dict[str, TaskKind] = Field(min_length=1, description="columns of the cohort table, and what is asked")
-    run: dict[str, Any] = Field(default_factory=dict, description="a run's config, without cohort, compare and out")
+    tasks: dict[str, Literal["classification", "regression"]] = Field(
+        min_length=1, description="columns of the cohort table, and what is asked"
+    )
+    run: dict[str, Any] = Field(default_factory=dict, description="a run's config, without cohort and out")
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="of the heads")
 
     @model_validator(mode="after")
@@ -80,7 +84,8 @@ def run_gaps(settings: GapSettings, reporter: Reporter, *, publish: Path | None 
         for task, kind in settings.tasks.items():
             told = {
                 "cohort": {"tasks": settings.tasks, "task": task},
-                "compare": {"methods": [_HR, "lr_only"], "reference": _HR, "seeds": list(settings.seeds)},
+                "compare": settings.run.get("compare", {})
+                | {"methods": [_HR, "lr_only"], "reference": _HR, "seeds": list(settings.seeds)},
             }
             own = OnSlides(
                 out=str(out / _slug(title)),
@@ -124,7 +129,7 @@ def figure(frame: pd.DataFrame, title: str) -> Figure:
         ax.plot([row["gap_low"], row["gap_high"]], [place, place], color=BLUE, lw=1.6, alpha=0.6)
         ax.plot([row["gap"]], [place], "o", color=BLUE, ms=5)
     ax.axvline(0, color=BLACK, linewidth=0.8)
-    style_axes(ax, "20x - 5x, of AUC or R², paired, 95 % interval over groups", "")
+    style_axes(ax, "20x - 5x, of AUC or correlation, paired, 95 % interval over groups", "")
     names = [f"{row['cohort']}: {row['task']} ({metric(row['metric']).title})" for row in reversed(rows)]
     ax.set_yticks(range(len(rows)), names, fontsize=8)
     set_title(drawn, title)
@@ -133,18 +138,17 @@ def figure(frame: pd.DataFrame, title: str) -> Figure:
 
 def _gap(comparison: Path, kind: TaskKind) -> dict[str, Any]:
     """Read what both methods scored, and their paired difference, from a comparison's tables."""
-    name = MAIN[kind]
+    name = _MEASURE[kind]
     (hr,) = methods_named([_HR], kind)
-    results = pd.read_csv(comparison / "results.csv").set_index("method")
-    differences = pd.read_csv(comparison / "differences.csv")
-    less = differences[(differences["method"] == LR_ONLY) & (differences["metric"] == name)]
+    results = {row["method"]: row for row in pd.read_csv(comparison / "results.csv").to_dict("records")}
+    told = pd.read_csv(comparison / "differences.csv")
+    less = told[(told["method"] == LR_ONLY) & (told["metric"] == name)].to_dict("records")
     if len(less) != 1:
         raise ConfigError(f"{comparison}: no difference of {name} between 20x and 5x.", fix="Compare them again.")
-    row: dict[str, Any] = {"metric": name} | {own: int(results.loc[hr.title, n]) for n, own in _FIELDS.items()}
+    row: dict[str, Any] = {"metric": name} | {own: int(results[hr.title][n]) for n, own in _FIELDS.items()}
     for short, method in (("hr", hr.title), ("lr", LR_ONLY)):
-        row |= {f"{short}{end}": float(results.loc[method, f"{name}{end}"]) for end in ("", "_low", "_high")}
-    gap: Mapping[Any, Any] = less.iloc[0].to_dict()
-    return row | {"gap": gap["difference"], "gap_low": gap["low"], "gap_high": gap["high"]}
+        row |= {f"{short}{end}": float(results[method][f"{name}{end}"]) for end in ("", "_low", "_high")}
+    return row | {"gap": less[0]["difference"], "gap_low": less[0]["low"], "gap_high": less[0]["high"]}
 
 
 def _write(frame: pd.DataFrame, settings: GapSettings, name: str, folder: Path) -> list[Path]:
