@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,13 +13,11 @@ from lrmil.encoders import Encoder, create_encoder, embed
 from lrmil.encoders.settings import Precision
 from lrmil.geometry import GridSettings
 from lrmil.inference.predict import pick_device
-from lrmil.inference.prepare import TileSettings, prepare_slide
-from lrmil.inference.stream import child_reads, encode_patches, region_reads
+from lrmil.inference.prepare import TileSettings
+from lrmil.inference.timed import Resolution, timed_answer
 from lrmil.mil import MILHead, create_head
-from lrmil.slides import io_counter
 from lrmil.tissue import TissueSettings
 
-Resolution = Literal["lr", "hr"]
 READ_AHEAD = 64
 """patches that readers put together for the encoder, as `lrmil run` and `lrmil predict` do by default"""
 LR_MPP, HR_MPP = 2.0, 0.5
@@ -88,37 +84,28 @@ def answer(
     path: Path, mpp: float | None, model: Model, resolution: Resolution, *, threads: int, all_children: bool = False
 ) -> Answer:
     """Answer one slide from its file. `all_children`: a region keeps all its children, tissue or not."""
-    began, bytes_before = time.perf_counter(), io_counter()
     tiles = TileSettings(min_child_tissue=0.0) if all_children else TileSettings()
-    with tiles.open(path, mpp=mpp) as slide:
-        prepared = prepare_slide(slide, model.grid, TissueSettings(), tiles, threads)
-        grid = prepared.grid
-        seen = encode_patches(
-            slide,
-            region_reads(grid) if resolution == "lr" else child_reads(grid),
-            grid.scale.patch_px,
-            model.encoder,
-            batch_size=READ_AHEAD,
-            threads=threads,
-            precision=model.precision,
-        )
-        boxes_l0 = grid.region_boxes_l0 if resolution == "lr" else grid.child_boxes_l0
-    start = time.perf_counter()
-    with torch.inference_mode():
-        # Moving the answer back waits for the device, so the clock stops when it is really there.
-        bag = torch.from_numpy(seen.embedding).to(model.device, torch.float32)
-        model.head(bag, coords=torch.from_numpy(boxes_l0[seen.rows, :2].copy()).to(model.device)).logits.cpu()
-    ended = time.perf_counter()
-    bytes_after = io_counter()
-    total_s, mil_s = ended - began, ended - start
+    took = timed_answer(
+        lambda: tiles.open(path, mpp=mpp),
+        model.encoder,
+        model.head,
+        resolution,
+        device=model.device,
+        grid=model.grid,
+        tissue=TissueSettings(),
+        tiles=tiles,
+        threads=threads,
+        batch_size=READ_AHEAD,
+        precision=model.precision,
+    )
     return Answer(
-        regions=grid.num_regions,
-        patches=len(seen.rows),
-        tissue_mm2=prepared.tissue.tissue_mm2,
-        tissue_s=prepared.seconds,
-        reading_s=max(0.0, total_s - prepared.seconds - seen.encoding_s - mil_s),
-        encoding_s=seen.encoding_s,
-        mil_s=mil_s,
-        total_s=total_s,
-        bytes_read=None if bytes_before is None or bytes_after is None else bytes_after - bytes_before,
+        regions=took.prepared.grid.num_regions,
+        patches=took.patches_encoded,
+        tissue_mm2=took.prepared.tissue.tissue_mm2,
+        tissue_s=took.tissue_s,
+        reading_s=took.reading_s,
+        encoding_s=took.encoding_s,
+        mil_s=took.mil_s,
+        total_s=took.total_s,
+        bytes_read=took.bytes_read,
     )

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lrmil.benchmarks.answering import LR_MPP, PARTS, Answer, Resolution, answer
+from lrmil.benchmarks.answering import LR_MPP, PARTS, Answer, answer
 from lrmil.benchmarks.results import Check, Column, Part, Row, Table, Target, spread
 from lrmil.benchmarks.timing import take_turns
 from lrmil.benchmarks.workbench import Workbench, threads
 from lrmil.benchmarks.written import SlideSpec, cells_with_tissue
 from lrmil.errors import NoTissue, SlideTooCoarse, SlideTooSmall
+from lrmil.inference.timed import Resolution
 
 PAPER_RATIO = 1 / 12
 LIMIT = 1.15

@@ -7,7 +7,7 @@ reference, trained as `lrmil run` trains it and where it keeps it, so that what 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -43,6 +43,7 @@ from lrmil.pipeline.heads import Outputs, stored_head
 from lrmil.pipeline.keys import results_key
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.run import Outcome, mean_cost
+from lrmil.pipeline.seeds import under_each_seed
 from lrmil.pipeline.study import Study
 from lrmil.pipeline.timing import time_answers
 from lrmil.pipeline.variants import (
@@ -195,16 +196,9 @@ def _carry_out(study: Study, plan: Plan, folder: Path) -> Outcome:
     return Outcome(run.folder, run.failures, _summary(comparison, plan, folder))
 
 
-def _seeded(study: Study) -> Iterator[Study]:
-    """Yield a study under each seed of `compare.seeds`, as `lrmil compare` does, and in its folders."""
-    s = study.run.settings
-    for seed in s.compare.seeds or [s.seed]:
-        yield study if seed == s.seed else study.variant(f"seed_{seed}", s.model_copy(update={"seed": seed}))
-
-
 def _variants(study: Study, plan: Plan, said: Said) -> None:
     """Train variants that look at the same features."""
-    for own in _seeded(study):
+    for own in under_each_seed(study):
         for stage in ("distill", "teacher", "student"):
             own.do(stage)
         answers = TestPredictions(own.run)
@@ -309,7 +303,7 @@ def _across_scales(study: Study, plan: Plan, said: Said) -> Plan:
         if lost:
             notes.append(f"{variant.title} is left out: {len(lost)} slides cannot be used (first: {lost[0]}).")
             continue
-        for own in _seeded(here):
+        for own in under_each_seed(here):
             answers = TestPredictions(own.run)
             for stage in ("distill", "teacher", "student"):
                 own.do(stage)

@@ -26,6 +26,7 @@ from lrmil.pipeline.keys import head_key, outputs_key, results_key
 from lrmil.pipeline.methods import Method, baseline_settings, for_features, for_task, methods_named, reference_of
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.run import Outcome, mean_cost
+from lrmil.pipeline.seeds import under_each_seed
 from lrmil.pipeline.selective import ChoiceJob, selective_job, stored_selective_head, time_selective
 from lrmil.pipeline.student import lr_only_outputs
 from lrmil.pipeline.study import Study
@@ -71,7 +72,7 @@ def compare(settings: RunSettings, reporter: Reporter) -> Outcome:
     found: dict[str, list[Scored]] = {}
     thresholds: dict[str, dict[tuple[int, int], float]] = {}
     censoring: dict[str, dict[tuple[int, int], dict[str, float]]] = {}
-    for each in _studies(study):
+    for each in under_each_seed(study):
         answered = _predictions(each, methods)
         for method, predictions in answered.all().items():
             found.setdefault(method, []).append(predictions)
@@ -132,15 +133,6 @@ def _recovery_lines(recovered: pd.DataFrame) -> list[str]:
         f"Of what {row['method']} has more than 5x without distillation, LRMIL recovers {100 * row['recovered']:.0f} % "
         f"[{100 * row['recovered_low']:.0f}, {100 * row['recovered_high']:.0f}]."
         for row in recovered[recovered["recovered"].notna()].to_dict("records")
-    ]
-
-
-def _studies(study: AnyStudy) -> Sequence[AnyStudy]:
-    """Return the run itself under each seed."""
-    s = study.run.settings
-    return [
-        study if seed == s.seed else study.variant(f"seed_{seed}", s.model_copy(update={"seed": seed}))
-        for seed in s.compare.seeds or [s.seed]
     ]
 
 

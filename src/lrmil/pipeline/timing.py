@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from lrmil.encoders import Encoder
 from lrmil.files import read_json, write_json
-from lrmil.inference.prepare import prepare_slide
-from lrmil.inference.stream import child_reads, encode_patches, region_reads
+from lrmil.inference.timed import Resolution, timed_answer
 from lrmil.mil import MILHead
 from lrmil.pipeline.context import Run, SlideEntry
 from lrmil.pipeline.keys import tile_key
 from lrmil.settings import fingerprint
-from lrmil.slides import io_counter
-
-Resolution = Literal["lr", "hr"]
 
 
 @dataclass(frozen=True)
@@ -103,38 +98,28 @@ def timing_key(run: Run, entries: Sequence[SlideEntry], encoder: Encoder) -> str
 
 def _answer(run: Run, entry: SlideEntry, encoder: Encoder, head: MILHead, resolution: Resolution) -> SlideCost:
     s = run.settings
-    began, bytes_before = time.perf_counter(), io_counter()
-    with entry.open() as slide:
-        prepared = prepare_slide(slide, s.grid, s.tissue, s.tiles, s.threads)
-        low = resolution == "lr"
-        reads = region_reads(prepared.grid) if low else child_reads(prepared.grid)
-        boxes_l0 = prepared.grid.region_boxes_l0 if low else prepared.grid.child_boxes_l0
-        seen = encode_patches(
-            slide,
-            reads,
-            prepared.grid.scale.patch_px,
-            encoder,
-            batch_size=s.encoder.stream_batch,
-            forward_batch=s.encoder.batch_size,
-            threads=s.threads,
-            precision=s.encoder.precision,
-        )
-    start = time.perf_counter()
-    with torch.inference_mode():
-        # Moving the answer back waits for the device, so the clock stops when it is really there.
-        bag = torch.from_numpy(seen.embedding).to(run.device, torch.float32)
-        head(bag, coords=torch.from_numpy(boxes_l0[seen.rows, :2].copy()).to(run.device)).logits.cpu()
-    ended = time.perf_counter()
-    bytes_after = io_counter()
-    known = prepared.seconds + seen.encoding_s + (ended - start)
+    took = timed_answer(
+        entry.open,
+        encoder,
+        head,
+        resolution,
+        device=run.device,
+        grid=s.grid,
+        tissue=s.tissue,
+        tiles=s.tiles,
+        threads=s.threads,
+        batch_size=s.encoder.stream_batch,
+        forward_batch=s.encoder.batch_size,
+        precision=s.encoder.precision,
+    )
     return SlideCost(
         slide_id=entry.slide_id,
-        tissue_s=prepared.seconds,
-        reading_s=max(0.0, ended - began - known),
-        encoding_s=seen.encoding_s,
-        mil_s=ended - start,
-        total_s=ended - began,
-        patches_read=seen.log.patches,
-        patches_encoded=len(seen.rows),
-        bytes_read=None if bytes_before is None or bytes_after is None else bytes_after - bytes_before,
+        tissue_s=took.tissue_s,
+        reading_s=took.reading_s,
+        encoding_s=took.encoding_s,
+        mil_s=took.mil_s,
+        total_s=took.total_s,
+        patches_read=took.patches_read,
+        patches_encoded=took.patches_encoded,
+        bytes_read=took.bytes_read,
     )
