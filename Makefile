@@ -59,6 +59,10 @@ evidence: setup
 		cp evidence/out/controls-stage2/run/sensitivity/magnification/$$f docs/evidence/controls-stage2_magnification_$$f; done
 	@for s in stage1 stage2; do $(STUDY) screen evidence/screen-$$s.yaml $(PUBLISH) || exit 1; done
 	@for s in confirmation survival-status slides-120 slides-100 slides-100-spread; do $(STUDY) slides evidence/$$s.yaml $(PUBLISH) || exit 1; done
+	@if [ -d "$(CRCHISTO)" ]; then \
+		$(STUDY) gaps evidence/tissue-gaps.yaml $(PUBLISH) --set crchisto=$(CRCHISTO) && \
+		$(STUDY) slides evidence/tissue-slides.yaml $(PUBLISH) --set crchisto=$(CRCHISTO); \
+	else echo "no real tissue at $(CRCHISTO): tissue-gaps and tissue-slides left out"; fi
 	@if [ -d "$(CRCHISTO)" ] && [ -f "$(DINOV2)" ]; then \
 		$(STUDY) probe evidence/probe-tissue.yaml $(PUBLISH) \
 			--set fields.crchisto=$(CRCHISTO) --set encoder.weights=$(DINOV2); \

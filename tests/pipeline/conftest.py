@@ -180,7 +180,7 @@ WORK = {
     "stage 1": "lrmil.pipeline.distill.distil_encoder",
     "label head": "lrmil.pipeline.teacher.train_teacher",
     "student head": "lrmil.pipeline.student.train_student",
-    "time": "lrmil.pipeline.timing.encode_patches",
+    "time": "lrmil.pipeline.timing.timed_answer",
     "bundle": "lrmil.pipeline.deploy.save_bundle",
 }
 

@@ -112,7 +112,7 @@ def controls(
 
 
 def slides(config: Config, overrides: Override = None, publish: Publish = None, quiet: Quiet = False) -> None:
-    """Whole slides: the method on a simulated cohort, its losses one by one, and where its attention lies.
+    """Whole slides: the method on simulated or assembled ones, its losses one by one, and where its attention lies.
 
     The config names the cohort, the run, and the parts: ablation, comparison, controls, localisation, folds, recipes,
     and what can be varied (k, temperature, layers, aggregation, magnification). Resumes. Localisation asks how well the

@@ -1,4 +1,4 @@
-"""Studies of whole slides: a simulated cohort, the whole method on it, and what one asks of the trained models.
+"""Studies of whole slides: a cohort with known truth, the whole method on it, and what one asks of the trained models.
 
 One config names the cohort, the run and the parts; each part is what its own verb (`lrmil ablate`, `lrmil sensitivity`,
 `lrmil compare`) would do. What a part publishes is small: tables and figures, no predictions and no weights.
@@ -72,7 +72,7 @@ def load_slide_study(path: Path, overrides: Sequence[str] | None = None) -> Slid
 
 
 def run_slide_study(settings: SlideStudySettings, reporter: Reporter, *, publish: Path | None = None) -> list[Path]:
-    """Simulate, run, then do the parts; resumes. Return what was published.
+    """Make the cohort, run, then do the parts; resumes. Return what was published.
 
     Args:
         settings: of the study.
