@@ -49,7 +49,9 @@ format: setup
 # Each study resumes where it was, and repeats nothing that is finished.
 evidence: setup
 	@for v in 100 050 000; do $(STUDY) probe evidence/visibility-$$v.yaml $(PUBLISH) || exit 1; done
-	$(STUDY) curve docs/evidence/visibility-*_summary.json --recipe quick --embedding cls --out docs/evidence/recovery
+	$(STUDY) ceiling evidence/ceiling.yaml $(PUBLISH)
+	$(STUDY) curve docs/evidence/visibility-*_summary.json --recipe quick --embedding cls \
+		--ceiling docs/evidence/ceiling.csv --out docs/evidence/recovery
 	$(STUDY) controls evidence/controls-stage2.yaml $(PUBLISH)
 	$(BIN)/lrmil run evidence/out/controls-stage2/run/config.yaml --set deploy=false --set evaluation.timed_slides=0
 	@for f in md csv; do cp evidence/out/controls-stage2/run/tables/results.$$f docs/evidence/controls-stage2_run_results.$$f; done

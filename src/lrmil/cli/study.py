@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
     studies.command("look")(look_at)
     studies.command()(controls)
     studies.command()(slides)
+    studies.command("ceiling")(ceiling_of)
     studies.command()(screen)
     studies.command()(gaps)
     app.add_typer(studies, name="study")
@@ -58,6 +59,9 @@ def curve(
     summaries: Annotated[list[Path], typer.Argument(help="NAME_summary.json of each study, as published.")],
     recipe: Annotated[str, typer.Option(help="Name of the way to distil that is shown.")] = "paper",
     embedding: Annotated[str, typer.Option(help="cls, token_mean or both.")] = "token_mean",
+    ceiling: Annotated[
+        Path | None, typer.Option(help="CSV of `lrmil study ceiling` on these studies, to draw in place of their own.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Picture and table to write: OUT.png, OUT.csv.")] = Path("recovery"),
 ) -> None:
     """What stage 1 recovers of the gap between 20x and 5x, against how visible the evidence is at 5x.
@@ -67,7 +71,21 @@ def curve(
     """
     from lrmil.studies.curve import write_curve
 
-    for path in write_curve(summaries, recipe, embedding, out):
+    for path in write_curve(summaries, recipe, embedding, out, ceiling):
+        print(path)
+
+
+def ceiling_of(config: Config, overrides: Override = None, publish: Publish = None, quiet: Quiet = False) -> None:
+    """What 5x pixels show: the student's network trained on the truth of thousands of simulated regions.
+
+    Tells a loss of information from a failure of the method. The regions are of slides that no other study uses, and
+    there are several numbers of them, to see whether more would tell more. Resumes. Writes a table of R2 by
+    visibility; `lrmil study curve --ceiling` draws it.
+    """
+    from lrmil.studies.ceiling_study import load_ceiling_study, run_ceiling_study
+
+    settings = load_ceiling_study(config, overrides)
+    for path in run_ceiling_study(settings, _reporter(settings.out, quiet), publish=publish):
         print(path)
 
 

@@ -6,7 +6,8 @@ and distillation is low, distillation failed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,10 +17,26 @@ from lrmil.encoders import Encoder
 from lrmil.geometry import IntArray
 from lrmil.studies.fields import FloatArray
 from lrmil.studies.settings import CeilingSettings
-from lrmil.studies.taught import TaughtViews
+from lrmil.studies.views import ImageArray
 from lrmil.training.loop import FitResult, LoopSettings, Validation, fit, isolated_seed, run_epoch
 
 _BATCH = 32
+
+
+class KnownRegions(Protocol):
+    """Regions of which the truth is known."""
+
+    @property
+    def images(self) -> ImageArray:
+        """(n, P, P, 3)"""
+        ...
+
+    @property
+    def truth(self) -> FloatArray:
+        """(n, T); nan where it is not known"""
+        ...
+
+    def __len__(self) -> int: ...
 
 
 class TruthNetwork(nn.Module):
@@ -41,7 +58,7 @@ class TruthNetwork(nn.Module):
         out: Tensor = self.head(self.encoder(self.encoder.normalise(images)).embedding)
         return out
 
-    def loss(self, views: TaughtViews, rows: IntArray) -> Tensor:
+    def loss(self, views: KnownRegions, rows: IntArray) -> Tensor:
         """Mean squared error over the truths that are known."""
         truth = torch.from_numpy(views.truth[rows]).float()
         error = self(torch.from_numpy(views.images[rows])) - (truth - self.mean) / self.sd
@@ -50,7 +67,13 @@ class TruthNetwork(nn.Module):
 
 
 def train_ceiling(
-    encoder: Encoder, train: TaughtViews, val: TaughtViews, settings: CeilingSettings, *, seed: int
+    encoder: Encoder,
+    train: KnownRegions,
+    val: KnownRegions,
+    settings: CeilingSettings,
+    *,
+    seed: int,
+    on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> tuple[TruthNetwork, FitResult]:
     """Fine-tune all weights of `encoder`, in place; the epoch of the lowest validation loss is kept."""
     network = TruthNetwork(encoder, train.truth, seed)
@@ -77,15 +100,15 @@ def train_ceiling(
         pieces = [np.arange(i, min(i + _BATCH, len(val))) for i in range(0, len(val), _BATCH)]
         return Validation(sum(network.loss(val, rows).item() * len(rows) for rows in pieces) / len(val))
 
-    result = fit(network, train=train_epoch, validate=validate, recipe=recipe, seed=seed)
+    result = fit(network, train=train_epoch, validate=validate, recipe=recipe, seed=seed, on_epoch=on_epoch)
     return network, result
 
 
-def ceiling_answers(network: TruthNetwork, views: TaughtViews) -> FloatArray:
-    """(n, T) predicted truths."""
+def ceiling_answers(network: TruthNetwork, images: ImageArray) -> FloatArray:
+    """(n, P, P, 3) regions to (n, T) predicted truths."""
     pieces = []
     with torch.inference_mode():
-        for start in range(0, len(views), _BATCH):
-            standard = network(torch.from_numpy(views.images[start : start + _BATCH]))
+        for start in range(0, len(images), _BATCH):
+            standard = network(torch.from_numpy(images[start : start + _BATCH]))
             pieces.append(standard * network.sd + network.mean)
     return torch.cat(pieces).double().numpy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ _APART = 0.012
 """How far curves are moved sideways, so that their intervals can be told apart"""
 
 
-def read_curve(summaries: Sequence[Path]) -> pd.DataFrame:
+def read_curve(summaries: Sequence[Path], ceiling: Path | None = None) -> pd.DataFrame:
     """Put the results of studies under each other, with the visibility of each.
 
     Args:
         summaries: NAME_summary.json of each study, with NAME_results.csv beside it, as published.
+        ceiling: what `lrmil study ceiling` published of the same studies; the network that learned from most regions
+            takes the place of the studies' own ceilings, which learn from their own few.
 
     Returns:
         The columns of `results_table`, and visibility, study, title (of the arm).
@@ -50,7 +52,20 @@ def read_curve(summaries: Sequence[Path]) -> pd.DataFrame:
         frame = pd.read_csv(table)
         frame["title"] = [arm_title(arm, titles) for arm in frame["arm"]]
         frames.append(frame.assign(study=name, visibility=float(simulated["nuclei"]["visibility"])))
-    return pd.concat(frames, ignore_index=True).sort_values("visibility", kind="stable")
+    curve = pd.concat(frames, ignore_index=True)
+    if ceiling is not None:
+        curve = pd.concat([curve[curve["arm"] != "ceiling"], _ceiling(ceiling, set(curve["study"]))])
+    return curve.sort_values("visibility", kind="stable")
+
+
+def _ceiling(path: Path, studies: Collection[str]) -> pd.DataFrame:
+    """Read the rows of a study of the ceiling, of the most regions each."""
+    told = pd.read_csv(path)
+    missing = sorted(set(studies) - set(told["study"]))
+    if missing:
+        raise ConfigError(f"{path} does not know {', '.join(missing)}.", fix="Name them in that study's config.")
+    told = told[told["study"].isin(studies) & (told["regions"] == told["regions"].max())]
+    return told.assign(arm="ceiling", embedding="direct", title=f"5x, trained on {told['regions'].max()} true regions")
 
 
 def curve_figure(curve: pd.DataFrame, recipe: str, embedding: str) -> Figure:
@@ -87,13 +102,15 @@ def curve_figure(curve: pd.DataFrame, recipe: str, embedding: str) -> Figure:
     return figure
 
 
-def write_curve(summaries: Sequence[Path], recipe: str, embedding: str, out: Path) -> list[Path]:
+def write_curve(
+    summaries: Sequence[Path], recipe: str, embedding: str, out: Path, ceiling: Path | None = None
+) -> list[Path]:
     """Draw `curve_figure` to OUT.png, and write what it shows to OUT.csv.
 
     Raises:
         ConfigError: see `read_curve`; or no study has the recipe.
     """
-    curve = read_curve(summaries)
+    curve = read_curve(summaries, ceiling)
     if not (curve["arm"] == recipe).any():
         raise ConfigError(f"no study has a recipe {recipe!r}.", fix=f"Choose from {sorted(set(curve['arm']))}.")
     shown = curve[curve["arm"].isin(["hr", "lr", recipe, "ceiling"]) & curve["embedding"].isin([embedding, "direct"])]

@@ -85,7 +85,7 @@ class ProbeStudy:
             raise ConfigError("the study has no output folder.", fix="Set out.")
         folder = Path(settings.out)
         remove_leftovers(folder)
-        encoder = _build(settings)
+        encoder = build_encoder(settings)
         fields = load_fields(settings.fields, folder, settings.patch_px * settings.ratio)
         layers = {
             layer
@@ -180,7 +180,7 @@ class ProbeStudy:
             "colour": Seen({"colours": colours(self.practice.images)}, {"colours": colours(self.probe.images)}),
         }
         if s.random_seed is not None:
-            found["random"] = self._seen_by(_build(s, s.random_seed))
+            found["random"] = self._seen_by(build_encoder(s, s.random_seed))
         return found
 
     def taught(self, cell: Cell, part: str, count: int) -> TaughtViews:
@@ -232,7 +232,7 @@ class ProbeStudy:
         )
         seed = derive_seed(cell.seed, "ceiling", cell.fold)
         network, fit = train_ceiling(copy.deepcopy(self.encoder), train, val, s.ceiling, seed=seed)
-        said = ceiling_answers(network, self.probe.take(self._rows(self.probe, cell, "test")))
+        said = ceiling_answers(network, self.probe.images[self._rows(self.probe, cell, "test")])
         answers = [
             {"arm": "ceiling", "embedding": "direct", "target": target, "alpha": None, "predicted": said[:, column]}
             for column, target in enumerate(s.targets)
@@ -308,7 +308,8 @@ def colours(images: npt.NDArray[np.uint8]) -> FloatArray:
     return np.concatenate(parts, axis=1)
 
 
-def _build(settings: ProbeSettings, random_seed: int | None = None) -> Encoder:
+def build_encoder(settings: ProbeSettings, random_seed: int | None = None) -> Encoder:
+    """Return the encoder of a study, class token and token mean side by side; with weights drawn by `random_seed`."""
     own = settings.encoder
     return create_encoder(
         own.name,
