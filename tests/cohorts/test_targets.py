@@ -224,3 +224,14 @@ def test_fewer_patients_than_folds(tmp_path):
     # Censored patients need not be in every fold.
     enough = save(tmp_path, "slide_id,patient_id,time,event\n" + "\n".join(f"s{i},p{i},{i},1" for i in range(1, 4)))
     assert load_cohort(enough, task="os", kind="survival", num_folds=3, check_files=False).labelled().shape[0] == 3
+
+
+def test_a_message_names_a_few_numbers_and_counts_the_rest(tmp_path):
+    rows = [f"s{p}_{i},p{p},{10 * p + i}" for p in range(1, 6) for i in range(7)]
+    path = save(tmp_path, "\n".join(["slide_id,patient_id,age", *rows]))
+    (told,) = load_cohort(path, task="age", kind="regression", check_files=False).warnings
+    assert "5 patients" in told
+    assert (
+        "(p1: 10.0, 11.0, 12.0 and 4 more; p2: 20.0, 21.0, 22.0 and 4 more; p3: 30.0, 31.0, 32.0 and 4 more; ...)"
+        in told
+    )

@@ -17,6 +17,8 @@ EVENT_WORDS = {
 """How an event is written: seen (1) or not (0). Yes and no, or 1 and 2, mean different things to different people"""
 
 _SHOWN = 10
+_FEW = 3
+"""Patients, and labels of each, that a message names"""
 
 
 def find_classes(path: Path, task: str, labels: pd.Series, classes: Sequence[str] | None) -> tuple[str, ...]:
@@ -89,7 +91,8 @@ def labels_per_patient(
     distinct = labels[present].groupby(list(patients[present])).unique()
     mixed = distinct[distinct.map(len) > 1]
     if len(mixed):
-        shown = "; ".join(f"{p}: {', '.join(sorted(own))}" for p, own in list(mixed.items())[:_SHOWN])
+        shown = "; ".join(f"{p}: {_some(sorted(own))}" for p, own in list(mixed.items())[:_FEW])
+        shown += "; ..." if len(mixed) > _FEW else ""
         if level == "patient":
             first = mixed.index[0]
             rows = ", ".join(str(r) for r in labels[patients == first].index[:_SHOWN])
@@ -105,6 +108,12 @@ def labels_per_patient(
         rows = ", ".join(str(r) for r in labels[labels.isna()].index[:_SHOWN])
         notes.append(f"{unlabelled} slides have no {task} and are left out of training (rows {rows})")
     return notes
+
+
+def _some(labels: list[str]) -> str:
+    """Name the first of them: patients with many slides have many numbers."""
+    more = len(labels) - _FEW
+    return ", ".join(labels) if more <= 0 else f"{', '.join(labels[:_FEW])} and {more} more"
 
 
 def _order(label: str) -> tuple[int, float, str]:
