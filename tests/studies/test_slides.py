@@ -64,6 +64,10 @@ def test_a_study_of_slides_publishes_its_parts_and_resumes(tmp_path: Path, tiny_
     assert recipes["LR without distillation"] == losses["none"]
     assert recipes["as it is"] == losses["patch + bag + soft + hard"]
 
+    of_losses = pd.read_csv(tmp_path / "docs" / "tiny_ablation_pairs.csv").set_index(["method", "less"])["difference"]
+    assert len(of_losses) == 15, "every two of six rows"
+    assert of_losses["none", "patch"] == pytest.approx(losses["none"] - losses["patch"], abs=1e-5)
+
     own = pd.read_csv(tmp_path / "docs" / "tiny_run_results.csv").set_index("method")["auc"]
     assert recipes["HR teacher"] == own["HR teacher"], "the run's own teacher"
     pairs = pd.read_csv(tmp_path / "docs" / "tiny_recipes_pairs.csv")

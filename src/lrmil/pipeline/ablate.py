@@ -189,6 +189,7 @@ def _carry_out(study: Study, plan: Plan, folder: Path) -> Outcome:
     with reporter.stage("report", f"Writing {folder.name}"):
         write_comparison(comparison, folder)
         _write_more(comparison, plan, folder)
+        _write_pairs(comparison, folder, s)
         if plan.with_teacher:
             _write_recovery(comparison, plan, folder, s)
     run.folder.mark_done(folder, key)
@@ -352,7 +353,7 @@ def _write_more(comparison: Comparison, plan: Plan, folder: Path) -> None:
 
 
 def _write_recovery(comparison: Comparison, plan: Plan, folder: Path, settings: RunSettings) -> None:
-    """Write recovery.csv, each recipe's share of 20x - 5x; and pairs.csv, the paired difference of every two rows."""
+    """Write recovery.csv: each recipe's share of 20x - 5x."""
     said, name, own = comparison.predictions, MAIN[settings.cohort.kind], settings.evaluation
     titles = [v.title for v in plan.variants if v.title != LR_ONLY]
     rows: list[dict[str, Any]] = []
@@ -360,6 +361,11 @@ def _write_recovery(comparison: Comparison, plan: Plan, folder: Path, settings: 
         found = recovered_share(said[title], said[TEACHER], said[LR_ONLY], name, seed=own.seed, resamples=own.bootstrap)
         rows.append({"method": title, "metric": name, "patients": found.gap.patients} | found.columns())
     write_results(folder / "recovery.csv", pd.DataFrame(rows))
+
+
+def _write_pairs(comparison: Comparison, folder: Path, settings: RunSettings) -> None:
+    """Write pairs.csv: the paired difference of every two rows, where differences.csv has the reference alone."""
+    said, name, own = comparison.predictions, MAIN[settings.cohort.kind], settings.evaluation
     pairs: list[dict[str, Any]] = []
     for first, second in combinations(said, 2):
         less = paired_bootstrap(said[first], said[second], name, seed=own.seed, resamples=own.bootstrap)
