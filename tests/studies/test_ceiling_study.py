@@ -14,7 +14,7 @@ from tests.studies.conftest import PATCH_PX, RATIO, TINY
 from lrmil.errors import ConfigError
 from lrmil.pipeline.reporting import Reporter
 from lrmil.studies import ceiling_study
-from lrmil.studies.ceiling_study import CeilingStudySettings, load_ceiling_study, run_ceiling_study
+from lrmil.studies.ceiling_study import WAYS, CeilingStudySettings, load_ceiling_study, run_ceiling_study
 from lrmil.studies.curve import read_curve
 
 PROBE = f"""
@@ -54,21 +54,17 @@ def test_it_learns_from_other_slides_and_is_asked_about_the_studys(settings: Cei
     written = run_ceiling_study(settings, quiet())
     assert [path.name for path in written] == ["small.csv", "small.md"]
     found = pd.read_csv(written[0])
-    assert found[["target", "regions"]].to_numpy().tolist() == [
-        ["epithelial_share", 4],
-        ["log_count", 4],
-        ["epithelial_share", 12],
-        ["log_count", 12],
-    ]
+    asked = [(way, count, target) for count in (4, 12) for way in WAYS for target in ("epithelial_share", "log_count")]
+    assert list(zip(found["way"], found["regions"], found["target"], strict=True)) == asked
     assert (found["visibility"] == 1.0).all()
     assert ((found["r2_low"] <= found["r2"]) & (found["r2"] <= found["r2_high"])).all()
     assert "visibility 1" in written[1].read_text()
 
     assert settings.out is not None
-    stored = json.loads((Path(settings.out) / "seen" / "regions_12.json").read_text())
+    stored = json.loads((Path(settings.out) / "seen" / "network_12.json").read_text())
     truth, said = np.array(stored["truth"])[:, 1], np.array(stored["predicted"])[:, 1]
     r2 = 1 - ((truth - said) ** 2).mean() / truth.var()
-    row = found[(found["target"] == "log_count") & (found["regions"] == 12)].iloc[0]
+    row = found[(found["target"] == "log_count") & (found["regions"] == 12)].iloc[-1]
     assert row["r2"] == pytest.approx(r2, abs=1e-4), "the mean over all regions, by hand"
     assert len(truth) == 4 * 2 * 4, "the four corners of each field"
 
@@ -85,7 +81,8 @@ def test_no_slide_both_teaches_and_chooses_the_epoch(
 
     monkeypatch.setattr(ceiling_study, "_looked_at", watch)
     run_ceiling_study(settings.model_copy(update={"regions": (12,)}), quiet())
-    (test, _), (train, taught), (val, chosen) = asked
+    assert len(asked) == 2 * 3, "for each way"
+    (test, _), (train, taught), (val, chosen) = asked[:3]
     assert not train & val
     assert (len(test), len(train), len(val)) == (4, 4, 1)
     assert (taught, chosen) == (12, 3)
@@ -109,8 +106,12 @@ def test_the_curve_shows_it_in_place_of_the_studys_own() -> None:
     shown = read_curve(summaries, ceiling)
     own = shown[shown["arm"] == "ceiling"]
     assert own["title"].unique().tolist() == [f"5x, trained on {told['regions'].max()} true regions"]
-    assert sorted(own["visibility"]) == sorted(told[told["regions"] == told["regions"].max()]["visibility"])
+    assert not own.duplicated(["study", "target"]).any()
+    assert len(own) == len(told[["study", "target"]].drop_duplicates())
     others = read_curve(summaries)
+    for row in own.to_dict("records"):
+        same = told[(told["study"] == row["study"]) & (told["target"] == row["target"])]
+        assert row["r2"] == same.loc[same["regions"] == same["regions"].max(), "r2"].max()
     assert len(shown[shown["arm"] != "ceiling"]) == len(others[others["arm"] != "ceiling"])
 
 

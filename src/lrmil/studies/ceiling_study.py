@@ -1,9 +1,10 @@
 """What do 5x pixels show? The ceiling of region probes on simulated tissue, from as many true answers as one likes.
 
 Where stage 1 recovers little, either the pixels do not show it or the method misses it. On simulated tissue the truth
-of every region is known and costs nothing, so the student's own network is fine-tuned on the truth of thousands of
-regions of slides that no study uses, and asked about the regions of the study. Several numbers of regions tell whether
-more of them would tell more. What comes out is still a lower bound: this network, this recipe.
+of every region is known and costs nothing, so the truth of many regions of slides that no study uses is learned in two
+ways, and asked of the regions of the study: by ridge regression on the frozen 5x embedding, and by fine-tuning the
+whole network. Several numbers of regions tell whether more of them would tell more. What comes out is still a lower
+bound: this network, these recipes.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from pydantic import Field as Setting
 
-from lrmil.encoders import Encoder
+from lrmil.encoders import Encoder, embed
 from lrmil.errors import ConfigError
 from lrmil.files import read_json, write_json, write_text
 from lrmil.pipeline.reporting import Reporter, without_python_warnings
@@ -29,12 +32,14 @@ from lrmil.studies.fields import Field, FloatArray, load_fields
 from lrmil.studies.figures import target_title
 from lrmil.studies.markdown import bracketed
 from lrmil.studies.probe import build_encoder
+from lrmil.studies.ridge import ridge_probe
 from lrmil.studies.settings import CeilingSettings, FieldSettings, ProbeSettings, load_study
 from lrmil.studies.summary import results_table
 from lrmil.studies.tables import write_table
 from lrmil.studies.views import ImageArray, View, look, probe_views, training_views
 from lrmil.training.seeds import derive_seed
 
+WAYS = {"ridge": "ridge regression on the frozen embedding", "network": "fine-tuning the network"}
 _METHOD = 1
 
 
@@ -65,13 +70,15 @@ class TrueRegions:
     """(n, P, P, 3)"""
     truth: FloatArray
     """(n, T)"""
+    group: npt.NDArray[np.str_]
+    """(n,) the patient"""
 
     def __len__(self) -> int:
         return len(self.images)
 
     def take(self, rows: Any) -> TrueRegions:
         """Return some of them."""
-        return TrueRegions(self.images[rows], self.truth[rows])
+        return TrueRegions(self.images[rows], self.truth[rows], self.group[rows])
 
 
 def load_ceiling_study(path: Path, overrides: Sequence[str] | None = None) -> CeilingStudySettings:
@@ -112,64 +119,77 @@ def run_ceiling_study(settings: CeilingStudySettings, reporter: Reporter, *, pub
 
 
 def to_markdown(frame: pd.DataFrame) -> str:
-    """Write R2 as a table, a line a target and number of regions, a column a visibility."""
+    """Write R2 as a table, a line a target, way and number of regions, a column a visibility."""
     seen = sorted(set(frame["visibility"]))
     lines = [
-        f"| | true regions | {' | '.join(f'visibility {v:g}' for v in seen)} |",
-        f"|---|---:|{'---:|' * len(seen)}",
+        f"| | learned by | true regions | {' | '.join(f'visibility {v:g}' for v in seen)} |",
+        f"|---|---|---:|{'---:|' * len(seen)}",
     ]
-    for (target, regions), own in frame.groupby(["target", "regions"], sort=False):
+    for (target, way, regions), own in frame.groupby(["target", "way", "regions"], sort=False):
         told = {row["visibility"]: bracketed(row, "r2", ".2f") for row in own.to_dict("records")}
-        lines.append(f"| {target_title(str(target))} | {regions} | {' | '.join(told.get(v, '') for v in seen)} |")
+        cells = [target_title(str(target)), WAYS[str(way)], str(regions), *(told.get(v, "") for v in seen)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def _study(
     settings: CeilingStudySettings, name: str, probe: ProbeSettings, folder: Path, reporter: Reporter
 ) -> list[dict[str, Any]]:
-    """Train with every number of regions, and score on the regions of one study."""
+    """Learn from every number of regions in both ways, and score on the regions of one study."""
     simulated = probe.fields.simulated
     assert simulated is not None  # seen by the caller
-    told = settings.recipe.model_dump(mode="json", exclude={"seeds", "folds"})
+    recipe = settings.recipe.model_dump(mode="json", exclude={"seeds", "folds"})
     drawn = (settings.seed, settings.slides, settings.fields_per_slide, settings.val_share)
     asked = probe.model_dump(mode="json", include={"fields", "patch_px", "ratio", "targets", "min_nuclei"})
     encoder = build_encoder(probe)
-    answers: dict[int, Any] = {}
-    for count in settings.regions:
-        path = folder / f"regions_{count}.json"
-        key = fingerprint(_METHOD, told, drawn, asked, encoder.weights_sha256, count)
+    rows = []
+    for count, way in product(settings.regions, WAYS):
+        path = folder / f"{way}_{count}.json"
+        own = recipe if way == "network" else None
+        key = fingerprint(_METHOD, own, drawn, asked, encoder.weights_sha256, count)
         found = read_json(path) if path.is_file() else {}
         if found.get("key") != key:
-            found = {"key": key} | _train_and_ask(settings, name, probe, folder, count, encoder, reporter)
+            test = _asked(probe, folder)
+            train, val = _learned(settings, probe, folder, count)
+            reporter.line(f"{name}, {WAYS[way]}: {len(train)} regions to learn from, {len(test)} are asked")
+            if way == "network":
+                said = _by_network(settings, encoder, train, val, test, reporter)
+            else:
+                said = _by_ridge(encoder, train, test, probe)
+            found = {
+                "key": key,
+                "groups": test.group.tolist(),
+                "truth": test.truth.tolist(),
+                "predicted": said.tolist(),
+            }
             write_json(path, found)
-        answers[count] = found
-    rows = []
-    for count, found in answers.items():
         results = results_table(_frame(found, probe.targets), probe.targets, settings.resamples)
+        about = {"study": name, "visibility": simulated.nuclei.visibility, "regions": count, "way": way}
         for row in results.to_dict("records"):
-            kept = {key: row[key] for key in ("target", "r2", "r2_low", "r2_high")}
-            about = {"study": name, "visibility": simulated.nuclei.visibility, "regions": count}
-            rows.append(about | kept | {"best_epoch": found["best_epoch"]})
-            reporter.line(f"  {row['target']}, {count} regions: R2 {bracketed(row, 'r2', '.2f')}")
+            rows.append(about | {key: row[key] for key in ("target", "r2", "r2_low", "r2_high")})
+            reporter.line(f"  {row['target']}, {count} regions, {WAYS[way]}: R2 {bracketed(row, 'r2', '.2f')}")
     return rows
 
 
-def _train_and_ask(
+def _by_ridge(encoder: Encoder, train: TrueRegions, test: TrueRegions, probe: ProbeSettings) -> FloatArray:
+    """Answers (n, T) of ridge regression on the embedding of the encoder as it is."""
+    seen, asked = (embed(encoder, own.images, precision=probe.precision).embedding for own in (train, test))
+    said = [ridge_probe(seen, train.truth[:, i], train.group, asked).predicted for i in range(train.truth.shape[1])]
+    return np.stack(said, axis=1)
+
+
+def _by_network(
     settings: CeilingStudySettings,
-    name: str,
-    probe: ProbeSettings,
-    folder: Path,
-    count: int,
     encoder: Encoder,
+    train: TrueRegions,
+    val: TrueRegions,
+    test: TrueRegions,
     reporter: Reporter,
-) -> dict[str, Any]:
-    """Train a copy of `encoder` on the truth of `count` regions; return what it says of the study's, and the truth."""
-    test, groups = _asked(probe, folder)
-    train, val = _learned(settings, probe, folder, count)
-    reporter.line(f"{name}: {len(train)} regions to learn from, {len(val)} choose the epoch, {len(test)} are asked")
-    seed = derive_seed(settings.seed, "ceiling", count)
+) -> FloatArray:
+    """Answers (n, T) of a copy of the encoder, fine-tuned; `val` chooses the epoch."""
+    seed = derive_seed(settings.seed, "ceiling", len(train))
     with reporter.task("Training on the truth", settings.recipe.epochs) as task, without_python_warnings():
-        network, fit = train_ceiling(
+        network, _ = train_ceiling(
             copy.deepcopy(encoder),
             train,
             val,
@@ -177,17 +197,11 @@ def _train_and_ask(
             seed=seed,
             on_epoch=lambda record: task.advance(note=f"val loss {record['val_loss']:.3f}"),
         )
-    said = ceiling_answers(network, test.images)
-    return {
-        "groups": groups,
-        "best_epoch": fit.best_epoch,
-        "truth": test.truth.tolist(),
-        "predicted": said.tolist(),
-    }
+    return ceiling_answers(network, test.images)
 
 
 def _frame(found: dict[str, Any], targets: Sequence[str]) -> pd.DataFrame:
-    """The answers of one network, as `results_table` wants them."""
+    """The answers of one way, as `results_table` wants them."""
     truth, predicted = (np.array(found[name], np.float64) for name in ("truth", "predicted"))
     view = np.arange(len(truth))
     shared = {"arm": "ceiling", "embedding": "direct", "fold": 0, "seed": 0, "group": found["groups"], "view": view}
@@ -198,13 +212,11 @@ def _frame(found: dict[str, Any], targets: Sequence[str]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _asked(probe: ProbeSettings, folder: Path) -> tuple[TrueRegions, list[str]]:
-    """The regions that the study's probes are asked about, and their patients."""
+def _asked(probe: ProbeSettings, folder: Path) -> TrueRegions:
+    """The regions that the study's probes are asked about."""
     side_px = probe.patch_px * probe.ratio
     fields = load_fields(probe.fields, folder / "asked", side_px)
-    views = [probe_views(own, side_px) for own in fields]
-    groups = [own.group for own, told in zip(fields, views, strict=True) for _ in told]
-    return _looked_at(fields, views, probe), groups
+    return _looked_at(fields, [probe_views(own, side_px) for own in fields], probe)
 
 
 def _learned(
@@ -233,9 +245,10 @@ def _learned(
 
 
 def _looked_at(fields: Sequence[Field], views: Sequence[Sequence[View]], probe: ProbeSettings) -> TrueRegions:
-    images, truth = [], []
+    images, truth, groups = [], [], []
     for own, told in zip(fields, views, strict=True):
         seen = look(own, told, probe.patch_px, probe.ratio, probe.targets, probe.min_nuclei)
         images.append(seen.images)
         truth.append(seen.truth)
-    return TrueRegions(np.concatenate(images), np.concatenate(truth))
+        groups += [own.group] * len(told)
+    return TrueRegions(np.concatenate(images), np.concatenate(truth), np.array(groups))

@@ -26,8 +26,8 @@ def read_curve(summaries: Sequence[Path], ceiling: Path | None = None) -> pd.Dat
 
     Args:
         summaries: NAME_summary.json of each study, with NAME_results.csv beside it, as published.
-        ceiling: what `lrmil study ceiling` published of the same studies; the network that learned from most regions
-            takes the place of the studies' own ceilings, which learn from their own few.
+        ceiling: what `lrmil study ceiling` published of the same studies; what learned best from most regions takes
+            the place of the studies' own ceilings, which learn from their own few.
 
     Returns:
         The columns of `results_table`, and visibility, study, title (of the arm).
@@ -59,12 +59,13 @@ def read_curve(summaries: Sequence[Path], ceiling: Path | None = None) -> pd.Dat
 
 
 def _ceiling(path: Path, studies: Collection[str]) -> pd.DataFrame:
-    """Read the rows of a study of the ceiling, of the most regions each."""
+    """Read a study of the ceiling: of the most regions, the better of the ways to learn, both being lower bounds."""
     told = pd.read_csv(path)
     missing = sorted(set(studies) - set(told["study"]))
     if missing:
         raise ConfigError(f"{path} does not know {', '.join(missing)}.", fix="Name them in that study's config.")
     told = told[told["study"].isin(studies) & (told["regions"] == told["regions"].max())]
+    told = told.loc[told.groupby(["study", "target"], sort=False)["r2"].idxmax()]
     return told.assign(arm="ceiling", embedding="direct", title=f"5x, trained on {told['regions'].max()} true regions")
 
 
