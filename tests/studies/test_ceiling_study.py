@@ -108,6 +108,8 @@ def test_the_curve_shows_it_in_place_of_the_studys_own() -> None:
     assert own["title"].unique().tolist() == [f"5x, trained on {told['regions'].max()} true regions"]
     assert not own.duplicated(["study", "target"]).any()
     assert len(own) == len(told[["study", "target"]].drop_duplicates())
+    with pytest.raises(ConfigError, match="no such table"):
+        read_curve(summaries, docs / "nowhere.csv")
     others = read_curve(summaries)
     for row in own.to_dict("records"):
         same = told[(told["study"] == row["study"]) & (told["target"] == row["target"])]

@@ -44,7 +44,7 @@ class AssembledSlide:
     group: str
     positive: bool
     pieces: tuple[Piece, ...]
-    window_px: int = 448
+    window_px: int
     """side of the windows, and of the cells they go to"""
 
 

@@ -60,6 +60,10 @@ def read_curve(summaries: Sequence[Path], ceiling: Path | None = None) -> pd.Dat
 
 def _ceiling(path: Path, studies: Collection[str]) -> pd.DataFrame:
     """Read a study of the ceiling: of the most regions, the better of the ways to learn, both being lower bounds."""
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: no such table.", fix="Give the CSV that `lrmil study ceiling --publish` has written."
+        )
     told = pd.read_csv(path)
     missing = sorted(set(studies) - set(told["study"]))
     if missing:
