@@ -142,33 +142,45 @@ def _study(
     drawn = (settings.seed, settings.slides, settings.fields_per_slide, settings.val_share)
     asked = probe.model_dump(mode="json", include={"fields", "patch_px", "ratio", "targets", "min_nuclei"})
     encoder = build_encoder(probe)
+    keys = {
+        (count, way): fingerprint(
+            _METHOD, recipe if way == "network" else None, drawn, asked, encoder.weights_sha256, count
+        )
+        for count, way in product(settings.regions, WAYS)
+    }
+    waiting = [cell for cell, key in keys.items() if _stored(folder, cell, key) is None]
+    if waiting:
+        test, (pool, val) = _asked(probe, folder), _learned(settings, probe, folder)
+    for count, way in waiting:
+        train = pool.take(slice(count))
+        reporter.line(f"{name}, {WAYS[way]}: {len(train)} regions to learn from, {len(test)} are asked")
+        if way == "network":
+            said = _by_network(settings, encoder, train, val, test, reporter)
+        else:
+            said = _by_ridge(encoder, train, test, probe)
+        told = {"groups": test.group.tolist(), "truth": test.truth.tolist(), "predicted": said.tolist()}
+        write_json(_path(folder, (count, way)), {"key": keys[count, way]} | told)
     rows = []
-    for count, way in product(settings.regions, WAYS):
-        path = folder / f"{way}_{count}.json"
-        own = recipe if way == "network" else None
-        key = fingerprint(_METHOD, own, drawn, asked, encoder.weights_sha256, count)
-        found = read_json(path) if path.is_file() else {}
-        if found.get("key") != key:
-            test = _asked(probe, folder)
-            train, val = _learned(settings, probe, folder, count)
-            reporter.line(f"{name}, {WAYS[way]}: {len(train)} regions to learn from, {len(test)} are asked")
-            if way == "network":
-                said = _by_network(settings, encoder, train, val, test, reporter)
-            else:
-                said = _by_ridge(encoder, train, test, probe)
-            found = {
-                "key": key,
-                "groups": test.group.tolist(),
-                "truth": test.truth.tolist(),
-                "predicted": said.tolist(),
-            }
-            write_json(path, found)
+    for (count, way), key in keys.items():
+        found = _stored(folder, (count, way), key)
+        assert found is not None  # done above
         results = results_table(_frame(found, probe.targets), probe.targets, settings.resamples)
         about = {"study": name, "visibility": simulated.nuclei.visibility, "regions": count, "way": way}
         for row in results.to_dict("records"):
             rows.append(about | {key: row[key] for key in ("target", "r2", "r2_low", "r2_high")})
             reporter.line(f"  {row['target']}, {count} regions, {WAYS[way]}: R2 {bracketed(row, 'r2', '.2f')}")
     return rows
+
+
+def _path(folder: Path, cell: tuple[int, str]) -> Path:
+    return folder / f"{cell[1]}_{cell[0]}.json"
+
+
+def _stored(folder: Path, cell: tuple[int, str], key: str) -> dict[str, Any] | None:
+    """What a finished number of regions and way found, None where it is not done with these settings."""
+    path = _path(folder, cell)
+    found: dict[str, Any] | None = read_json(path) if path.is_file() else None
+    return found if found is not None and found.get("key") == key else None
 
 
 def _by_ridge(encoder: Encoder, train: TrueRegions, test: TrueRegions, probe: ProbeSettings) -> FloatArray:
@@ -219,10 +231,8 @@ def _asked(probe: ProbeSettings, folder: Path) -> TrueRegions:
     return _looked_at(fields, [probe_views(own, side_px) for own in fields], probe)
 
 
-def _learned(
-    settings: CeilingStudySettings, probe: ProbeSettings, folder: Path, count: int
-) -> tuple[TrueRegions, TrueRegions]:
-    """Regions of other slides: those to train with, and those that choose the epoch. No slide is in both."""
+def _learned(settings: CeilingStudySettings, probe: ProbeSettings, folder: Path) -> tuple[TrueRegions, TrueRegions]:
+    """Regions of other slides: those to train with, shuffled, and those that choose the epoch. No slide is in both."""
     assert probe.fields.simulated is not None
     slides = {"seed": settings.seed, "slides": settings.slides, "patients": settings.slides}
     others = FieldSettings(
@@ -238,10 +248,11 @@ def _learned(
         own = [f for f in fields if (f.group in held) == chosen]
         parts.append(_looked_at(own, [training_views(f, 1, side_px, seed) for f in own], probe))
     train, val = parts
-    if count > len(train):
-        raise ConfigError(f"{count} regions are asked for, {len(train)} are there.", fix="Take more slides.")
+    most = max(settings.regions)
+    if most > len(train):
+        raise ConfigError(f"{most} regions are asked for, {len(train)} are there.", fix="Take more slides.")
     order = np.random.default_rng(derive_seed(settings.seed, "regions")).permutation(len(train))
-    return train.take(order[:count]), val
+    return train.take(order), val
 
 
 def _looked_at(fields: Sequence[Field], views: Sequence[Sequence[View]], probe: ProbeSettings) -> TrueRegions:
