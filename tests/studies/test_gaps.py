@@ -107,7 +107,7 @@ def test_only_a_gap_whose_interval_lies_above_0_is_bold() -> None:
 def test_the_committed_config_is_valid(tmp_path: Path) -> None:
     settings = load_gaps(EVIDENCE / "tissue-gaps.yaml", [f"crchisto={tmp_path}"])
     assert settings.crchisto == str(tmp_path)
-    assert len(settings.cohorts) == 2
+    assert len(settings.cohorts) == 3
     with pytest.raises(ConfigError, match="cohorts, x"):
         run_gaps(
             settings.model_copy(update={"cohorts": {"x": {"groups": 1}}, "out": str(tmp_path)}),
