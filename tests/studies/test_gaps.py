@@ -101,7 +101,19 @@ def test_only_a_gap_whose_interval_lies_above_0_is_bold() -> None:
     frame = pd.DataFrame([row | sure, row | unsure])
     lines = to_markdown(frame).splitlines()[2:]
     assert ["**" in line for line in lines] == [True, False]
-    assert len(figure(frame, "title").axes[0].get_yticklabels()) == 2
+    ax = figure(frame, "title").axes[0]
+    assert len(ax.get_yticklabels()) == 2
+    assert ax.yaxis_inverted(), "the first row is on top"
+
+
+def test_an_interval_without_its_value_is_marked() -> None:
+    sound = {"cohort": "c", "slides": 9, "task": "t", "metric": "pearson"}
+    sound |= {f"{m}{e}": 0.5 for m in ("hr", "lr", "gap") for e in ("", "_low", "_high")}
+    astray = sound | {"hr": 0.16, "hr_low": 0.02, "hr_high": 0.12}
+    assert "†" not in to_markdown(pd.DataFrame([sound]))
+    lines = to_markdown(pd.DataFrame([sound, astray])).splitlines()
+    assert ["†" in line for line in lines[2:]] == [False, True, False, True]
+    assert "0.16 [0.02, 0.12] † |" in lines[3]
 
 
 def test_the_committed_config_is_valid(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from lrmil.encoders.settings import Precision
 from lrmil.geometry import GridSettings
 from lrmil.inference.predict import pick_device
 from lrmil.inference.prepare import TileSettings
-from lrmil.inference.timed import Resolution, timed_answer
+from lrmil.inference.timed import AnswerCost, Resolution, timed_answer
 from lrmil.mil import MILHead, create_head
 from lrmil.tissue import TissueSettings
 
@@ -48,22 +48,12 @@ class Model:
             self.head(bag, coords=torch.zeros(len(bag), 2, dtype=torch.int64, device=self.device)).logits.cpu()
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What one answer took."""
+@dataclass(frozen=True, kw_only=True)
+class Answer(AnswerCost):
+    """What one answer took, and how large its slide's tissue is."""
 
     regions: int
-    patches: int
-    """read and encoded"""
     tissue_mm2: float
-    tissue_s: float
-    """overview, mask and grid"""
-    reading_s: float
-    """opening the file, and waiting for pixels: total less the other parts, since readers run beside the encoder"""
-    encoding_s: float
-    mil_s: float
-    total_s: float
-    bytes_read: int | None
 
 
 def load_model(settings: BenchSettings) -> Model:
@@ -100,12 +90,6 @@ def answer(
     )
     return Answer(
         regions=took.prepared.grid.num_regions,
-        patches=took.patches_encoded,
         tissue_mm2=took.prepared.tissue.tissue_mm2,
-        tissue_s=took.tissue_s,
-        reading_s=took.reading_s,
-        encoding_s=took.encoding_s,
-        mil_s=took.mil_s,
-        total_s=took.total_s,
-        bytes_read=took.bytes_read,
+        **asdict(took.cost),
     )

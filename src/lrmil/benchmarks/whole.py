@@ -98,9 +98,9 @@ def _rows(bench: Workbench, name: str, path: Path, mpp: float | None) -> list[Ro
             {r: job(r, all_children, answers) for r, answers in found.items()}, bench.scope.answer_rounds
         )
         ratio = spread(seconds["lr"] / seconds["hr"])
-        patches = found["lr"][0].patches / found["hr"][0].patches
-        row: Row = {"slide": name, "children": children, "n_lr": found["lr"][0].patches}
-        row |= {"n_hr": found["hr"][0].patches}
+        patches = found["lr"][0].patches_encoded / found["hr"][0].patches_encoded
+        row: Row = {"slide": name, "children": children, "n_lr": found["lr"][0].patches_encoded}
+        row |= {"n_hr": found["hr"][0].patches_encoded}
         for resolution, answers in found.items():
             row |= {
                 f"{resolution}_{part}": float(np.median([asdict(a)[part] for a in answers]))

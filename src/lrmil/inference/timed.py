@@ -21,11 +21,10 @@ from lrmil.tissue import TissueSettings
 Resolution = Literal["lr", "hr"]
 
 
-@dataclass(frozen=True)
-class TimedAnswer:
+@dataclass(frozen=True, kw_only=True)
+class AnswerCost:
     """What one answer took."""
 
-    prepared: PreparedSlide
     tissue_s: float
     """overview, mask and grid"""
     reading_s: float
@@ -36,6 +35,14 @@ class TimedAnswer:
     patches_read: int
     patches_encoded: int
     bytes_read: int | None
+
+
+@dataclass(frozen=True)
+class TimedAnswer:
+    """An answer's slide, and what the answer took."""
+
+    prepared: PreparedSlide
+    cost: AnswerCost
 
 
 def timed_answer(
@@ -87,8 +94,7 @@ def timed_answer(
     ended = time.perf_counter()
     bytes_after = io_counter()
     total_s, mil_s = ended - began, ended - start
-    return TimedAnswer(
-        prepared=prepared,
+    cost = AnswerCost(
         tissue_s=prepared.seconds,
         reading_s=max(0.0, total_s - prepared.seconds - seen.encoding_s - mil_s),
         encoding_s=seen.encoding_s,
@@ -98,3 +104,4 @@ def timed_answer(
         patches_encoded=len(seen.rows),
         bytes_read=None if bytes_before is None or bytes_after is None else bytes_after - bytes_before,
     )
+    return TimedAnswer(prepared, cost)

@@ -12,27 +12,18 @@ import torch
 
 from lrmil.encoders import Encoder
 from lrmil.files import read_json, write_json
-from lrmil.inference.timed import Resolution, timed_answer
+from lrmil.inference.timed import AnswerCost, Resolution, timed_answer
 from lrmil.mil import MILHead
 from lrmil.pipeline.context import Run, SlideEntry
 from lrmil.pipeline.keys import tile_key
 from lrmil.settings import fingerprint
 
 
-@dataclass(frozen=True)
-class SlideCost:
-    """What one answer took."""
+@dataclass(frozen=True, kw_only=True)
+class SlideCost(AnswerCost):
+    """What the answer to one slide of a run took, as seconds.json keeps it."""
 
     slide_id: str
-    tissue_s: float
-    reading_s: float
-    """waiting for pixels: total less the other parts, since readers run beside the encoder"""
-    encoding_s: float
-    mil_s: float
-    total_s: float
-    patches_read: int
-    patches_encoded: int
-    bytes_read: int | None
     scales: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """of methods that choose their patches: `ScaleCost` by scale, thumbnails beside the scales"""
 
@@ -112,14 +103,4 @@ def _answer(run: Run, entry: SlideEntry, encoder: Encoder, head: MILHead, resolu
         forward_batch=s.encoder.batch_size,
         precision=s.encoder.precision,
     )
-    return SlideCost(
-        slide_id=entry.slide_id,
-        tissue_s=took.tissue_s,
-        reading_s=took.reading_s,
-        encoding_s=took.encoding_s,
-        mil_s=took.mil_s,
-        total_s=took.total_s,
-        patches_read=took.patches_read,
-        patches_encoded=took.patches_encoded,
-        bytes_read=took.bytes_read,
-    )
+    return SlideCost(slide_id=entry.slide_id, **asdict(took.cost))

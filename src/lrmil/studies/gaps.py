@@ -8,7 +8,7 @@ study of distillation can mean anything.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from lrmil.cohorts.assembled import AssembledSettings
 from lrmil.errors import ConfigError
 from lrmil.evaluation.metrics import metric
-from lrmil.evaluation.plots import BLACK, BLUE, new_figure, save_figure, set_title, style_axes
+from lrmil.evaluation.plots import save_figure
 from lrmil.files import write_json, write_text
 from lrmil.pipeline.compare import compare
 from lrmil.pipeline.evaluate import LR_ONLY
@@ -28,6 +28,7 @@ from lrmil.pipeline.overrides import validated
 from lrmil.pipeline.reporting import Reporter
 from lrmil.settings import Settings
 from lrmil.studies.configs import load_config
+from lrmil.studies.forest import forest
 from lrmil.studies.markdown import bracketed
 from lrmil.studies.on_slides import OnSlides, prepared_run
 from lrmil.studies.tables import write_table
@@ -36,6 +37,8 @@ from lrmil.tasks import TaskKind
 _HR = "abmil"
 _MEASURE: dict[TaskKind, str] = {"classification": "auc", "regression": "pearson"}
 """What tasks of different units can be compared by"""
+_ASTRAY = "†"
+"""marks an interval without its value: with two or three groups to test in a fold, resampling biases a correlation"""
 _FIELDS = {"slides": "slides", "patients": "groups", "seeds": "seeds"}
 
 
@@ -100,7 +103,7 @@ def run_gaps(settings: GapSettings, reporter: Reporter, *, publish: Path | None 
 
 
 def to_markdown(frame: pd.DataFrame) -> str:
-    """Write the frame as a table, a line a cohort and task."""
+    """Write the frame as a table, a line a cohort and task; intervals that leave out their own value are marked."""
     lines = [
         "| cohort | slides | task | measured by | 20x | 5x | 20x - 5x, paired |",
         "|---|---:|---|---|---:|---:|---:|",
@@ -112,28 +115,24 @@ def to_markdown(frame: pd.DataFrame) -> str:
             str(row["slides"]),
             row["task"],
             metric(row["metric"]).title,
-            bracketed(row, "hr", ".2f"),
-            bracketed(row, "lr", ".2f"),
-            f"**{gap}**" if row["gap_low"] > 0 else gap,
+            bracketed(row, "hr", ".2f") + _mark(row, "hr"),
+            bracketed(row, "lr", ".2f") + _mark(row, "lr"),
+            (f"**{gap}**" if row["gap_low"] > 0 else gap) + _mark(row, "gap"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    if any(_ASTRAY in line for line in lines):
+        lines += ["", f"{_ASTRAY} The resamples are biased so much that their interval leaves out the value itself."]
     return "\n".join(lines) + "\n"
+
+
+def _mark(row: Mapping[Any, Any], name: str) -> str:
+    return "" if row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] else f" {_ASTRAY}"
 
 
 def figure(frame: pd.DataFrame, title: str) -> Figure:
     """Draw 20x - 5x of every cohort and task as a row, with its interval."""
-    drawn = new_figure(7.5, 1.2 + 0.28 * len(frame))
-    ax = drawn.subplots()
-    rows = frame.to_dict("records")
-    for place, row in enumerate(reversed(rows)):
-        ax.plot([row["gap_low"], row["gap_high"]], [place, place], color=BLUE, lw=1.6, alpha=0.6)
-        ax.plot([row["gap"]], [place], "o", color=BLUE, ms=5)
-    ax.axvline(0, color=BLACK, linewidth=0.8)
-    style_axes(ax, "20x - 5x, of AUC or correlation, paired, 95 % interval over groups", "")
-    names = [f"{row['cohort']}: {row['task']} ({metric(row['metric']).title})" for row in reversed(rows)]
-    ax.set_yticks(range(len(rows)), names, fontsize=8)
-    set_title(drawn, title)
-    return drawn
+    names = [f"{r['cohort']}: {r['task']} ({metric(r['metric']).title})" for r in frame.to_dict("records")]
+    return forest(frame, "gap", names, "20x - 5x, of AUC or correlation, paired, 95 % interval over groups", title)
 
 
 def _gap(comparison: Path, kind: TaskKind) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pydantic import Field
 from lrmil.errors import ConfigError
 from lrmil.evaluation import Scored, bootstrap, interval_columns, paired_bootstrap
 from lrmil.evaluation.metrics import MAIN, metric
-from lrmil.evaluation.plots import BLACK, BLUE, new_figure, save_figure, set_title, style_axes
+from lrmil.evaluation.plots import save_figure
 from lrmil.files import write_json, write_text
 from lrmil.pipeline.ablate import require_trainable
 from lrmil.pipeline.context import Split
@@ -29,6 +29,7 @@ from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.study import Study
 from lrmil.pipeline.variants import OWN, Variant, distilled_blocks, recipe_variant
 from lrmil.studies.configs import load_config
+from lrmil.studies.forest import forest
 from lrmil.studies.markdown import bracketed
 from lrmil.studies.on_slides import OnSlides, prepared_run
 from lrmil.studies.tables import write_table
@@ -96,18 +97,11 @@ def to_markdown(frame: pd.DataFrame) -> str:
 
 def figure(frame: pd.DataFrame, title: str) -> Figure:
     """Draw what every change brings, as a row, with its interval."""
-    changes = frame[frame["factor"] != ""].to_dict("records")
-    drawn = new_figure(7.0, 1.2 + 0.3 * len(changes))
-    ax = drawn.subplots()
-    for place, row in enumerate(reversed(changes)):
-        ax.plot([row["gain_low"], row["gain_high"]], [place, place], color=BLUE, lw=1.6, alpha=0.6)
-        ax.plot([row["gain"]], [place], "o", color=BLUE, ms=5)
+    changes = frame[frame["factor"] != ""]
+    names = [f"{row['factor']}: {row['recipe']}" for row in changes.to_dict("records")]
     name = metric(frame["metric"].iloc[0]).title
-    style_axes(ax, f"{name} more than the recipe as it is, validation slides, paired, 95 % interval", "")
-    ax.axvline(0, color=BLACK, linewidth=0.8)
-    ax.set_yticks(range(len(changes)), [f"{r['factor']}: {r['recipe']}" for r in reversed(changes)], fontsize=8)
-    set_title(drawn, title)
-    return drawn
+    axis = f"{name} more than the recipe as it is, validation slides, paired, 95 % interval"
+    return forest(changes, "gain", names, axis, title)
 
 
 def _require_folds(study: Study, num_folds: int) -> None:
