@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lrmil.bags import read_bag
+from lrmil.errors import ConfigError
 from lrmil.pipeline.pixels import RegionPixels, colour_histogram
-from lrmil.pipeline.regions import CachedTargets, CohortRegions, LiveTargets
+from lrmil.pipeline.regions import CachedTargets, CohortRegions, LiveTargets, of_other_slides
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.study import Study
 from lrmil.pipeline.tile import tile_cohort
@@ -101,6 +104,47 @@ def test_a_batch_brings_each_region_with_its_own_children(made: Any) -> None:
         bag, own = read_bag(paths[slide], layers=(1,)), batch.region == position
         assert np.array_equal(batch.slot[own], bag.slot[bag.region == row])
         assert np.array_equal(batch.teacher_cls[1][own], bag.layer_cls[1][bag.region == row])
+
+
+def test_foreign_children_are_all_of_one_region_of_another_slide(made: Any) -> None:
+    run, grids, pixels = made
+    slides = list(grids)[:4]
+    paths = {slide: run.folder.bag("tiny_0.5mpp", slide) for slide in slides}
+    sources = [(pixels[slide], CachedTargets(paths[slide], (1,))) for slide in slides]
+    own, foreign = CohortRegions(sources, "train"), CohortRegions(sources, "train", foreign_seed=0)
+    bags = {slide: read_bag(paths[slide], layers=(1,)) for slide in slides}
+    where = [(slide, row) for slide in slides for row in np.unique(bags[slide].region)]
+    known = {}
+    for slide, row in where:
+        inside = bags[slide].region == row
+        known[bags[slide].layer_cls[1][inside].tobytes()] = slide, row, bags[slide].slot[inside]
+    indices = np.random.default_rng(1).permutation(len(foreign))
+    batch = foreign.batch(indices)
+    assert np.array_equal(batch.images, own.batch(indices).images), "the pictures stay"
+    dealt = set()
+    for position, index in enumerate(indices):
+        taught = batch.region == position
+        slide, row, slots = known[batch.teacher_cls[1][taught].tobytes()]
+        assert slide != where[index][0]
+        assert np.array_equal(batch.slot[taught], slots)
+        dealt.add((slide, row))
+    assert dealt == set(where), "each region's children are given once"
+    again = CohortRegions(sources, "train", foreign_seed=0).batch(indices)
+    assert np.array_equal(again.teacher_cls[1], batch.teacher_cls[1])
+    with pytest.raises(ConfigError, match="more than half of the regions of the val split"):
+        CohortRegions(sources[:1], "val", foreign_seed=0)
+
+
+@given(st.lists(st.integers(1, 6), min_size=2, max_size=9), st.integers(0, 9))
+def test_other_slides_are_drawn_whenever_there_are_enough(counts: list[int], seed: int) -> None:
+    slide = np.repeat(np.arange(len(counts)), counts)
+    if 2 * max(counts) > sum(counts):
+        with pytest.raises(ConfigError, match="more than half"):
+            of_other_slides(slide, seed, "train")
+        return
+    drawn = of_other_slides(slide, seed, "train")
+    assert sorted(drawn) == list(range(len(slide)))
+    assert not (slide[drawn] == slide).any()
 
 
 def test_pixels_in_files_equal_pixels_in_memory(lab: Any, made: Any, tmp_path: Path) -> None:

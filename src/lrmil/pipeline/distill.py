@@ -130,6 +130,7 @@ def _train(
         CohortRegions(
             [(pixels[s], _targets(run, s, grids, teacher, teacher_outputs)) for s in stage1_slides(run, split, part)],
             part,
+            foreign_seed=_foreign_seed(run, split, part),
         )
         for part in ("train", "val")
     )
@@ -166,6 +167,12 @@ def _train(
         f"{fit.best.loss:.4f} after epoch {fit.best_epoch}"
     )
     return fit
+
+
+def _foreign_seed(run: Run, split: Split, part: str) -> int | None:
+    """Return the seed by which children of other slides are drawn, for the negative control."""
+    own = run.settings.stage1.children == "own"
+    return None if own else derive_seed(run.settings.seed, split.name, "foreign children", part)
 
 
 def _targets(

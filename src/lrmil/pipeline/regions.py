@@ -134,9 +134,21 @@ class LiveTargets(CachedTargets):
 
 
 class CohortRegions:
-    """Regions of several slides as one list, for `distil_encoder`. Regions without a child are left out."""
+    """Regions of several slides as one list, for `distil_encoder`. Regions without a child are left out.
 
-    def __init__(self, slides: Sequence[tuple[SlidePixels, TargetSource]], split: str) -> None:
+    Args:
+        slides: pixels and targets of each.
+        split: which part of the cohort they are, for messages.
+        foreign_seed: teach each region with the children of a region of another slide, drawn with this seed: a
+            negative control. None: with its own.
+
+    Raises:
+        ConfigError: there is no region with a child, or too few slides to take children of others from.
+    """
+
+    def __init__(
+        self, slides: Sequence[tuple[SlidePixels, TargetSource]], split: str, *, foreign_seed: int | None = None
+    ) -> None:
         self._slides = slides
         pieces = []
         for index, (pixels, targets) in enumerate(slides):
@@ -145,31 +157,69 @@ class CohortRegions:
         self._items = np.concatenate(pieces) if pieces else np.empty((0, 2), np.int64)
         if len(self._items) == 0:
             raise ConfigError(f"no region of the {split} split has a child to learn from.", fix="Use more slides.")
+        self._taught = self._items
+        if foreign_seed is not None:
+            self._taught = self._items[of_other_slides(self._items[:, 0], foreign_seed, split)]
 
     def __len__(self) -> int:
         return len(self._items)
 
     def batch(self, indices: IntArray) -> RegionBatch:
         """Return these regions; see `RegionBatches`."""
-        items = self._items[indices]
-        pictures: list[npt.NDArray[np.uint8]] = []
-        found: list[tuple[Targets, IntArray]] = []
-        for index in np.unique(items[:, 0]):
-            pixels, targets = self._slides[index]
-            positions = np.flatnonzero(items[:, 0] == index)
-            places = items[positions, 1]
-            pictures.append(pixels.images[places])
-            found.append((targets.of(pixels.rows[places]), positions))
+        found = self._targets(self._taught[indices])
         layers = found[0][0].cls
-        asked_order = np.argsort(np.concatenate([positions for _, positions in found]))
         return RegionBatch(
-            images=np.concatenate(pictures)[asked_order],
+            images=self._pictures(self._items[indices]),
             teacher_cls={layer: np.concatenate([t.cls[layer] for t, _ in found]) for layer in layers},
             region=np.concatenate([positions[t.region] for t, positions in found]),
             slot=np.concatenate([t.slot for t, _ in found]),
             teacher_embedding=_joined([t.embedding for t, _ in found]),
             teacher_attention=_joined([t.attention for t, _ in found]),
         )
+
+    def _pictures(self, items: IntArray) -> npt.NDArray[np.uint8]:
+        """Return the pixels of items (slide, place), in their order."""
+        order, pictures = [], []
+        for index in np.unique(items[:, 0]):
+            positions = np.flatnonzero(items[:, 0] == index)
+            order.append(positions)
+            pictures.append(self._slides[index][0].images[items[positions, 1]])
+        return np.concatenate(pictures)[np.argsort(np.concatenate(order))]
+
+    def _targets(self, items: IntArray) -> list[tuple[Targets, IntArray]]:
+        """Return the targets of items (slide, place) by slide, and at which positions of `items` its regions are."""
+        found = []
+        for index in np.unique(items[:, 0]):
+            pixels, targets = self._slides[index]
+            positions = np.flatnonzero(items[:, 0] == index)
+            found.append((targets.of(pixels.rows[items[positions, 1]]), positions))
+        return found
+
+
+def of_other_slides(slide: IntArray, seed: int, split: str) -> IntArray:
+    """Give each region one of another slide, and each to one: (n,) positions, drawn at random.
+
+    Args:
+        slide: (n,) slide of each region, 0...
+        seed: of the draw.
+        split: for messages.
+
+    Raises:
+        ConfigError: one slide has more than half of all regions.
+    """
+    if 2 * np.bincount(slide).max() > len(slide):
+        raise ConfigError(
+            f"stage1.children: foreign, but one slide has more than half of the regions of the {split} split.",
+            fix="Use more slides.",
+        )
+    rng = np.random.default_rng(seed)
+    given = rng.permutation(len(slide))
+    while len(own := np.flatnonzero(slide[given] == slide)):
+        for at, other in zip(own, rng.integers(0, len(slide), len(own)), strict=True):
+            # A swap that helps one region must not give another its own slide back.
+            if slide[given[other]] != slide[at] and slide[given[at]] != slide[other]:
+                given[[at, other]] = given[[other, at]]
+    return given
 
 
 def _joined(parts: Sequence[npt.NDArray[np.floating] | None]) -> npt.NDArray[np.floating] | None:

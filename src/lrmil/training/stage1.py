@@ -69,6 +69,13 @@ class Stage1Settings(LoopSettings):
         "it had before; for heads that learn too slowly from a student whose class token has come to vary little",
     )
 
+    # Left out where nothing is broken, so that such runs have the keys and files they would have without this field.
+    children: Literal["own", "foreign"] = Field(
+        "own",
+        exclude_if=lambda value: value == "own",
+        description="foreign: a negative control, each region is taught with the children of a region of another slide",
+    )
+
     @model_validator(mode="after")
     def _has_a_before(self) -> Self:
         if self.restore_spread and self.student is not None:
