@@ -66,6 +66,9 @@ def test_all_weights_zero_equals_labels_alone_and_the_other_arms_do_not(tmp_path
     results = pd.read_csv(written[0]).set_index("arm")
     assert list(results.index) == list(ARMS)
     assert results.loc["zero", "gain"] == results.loc["zero", "gain_low"] == results.loc["zero", "gain_high"] == 0
+    assert np.isnan(results.loc["labels", "gain"])
+    assert np.isnan(results.loc["stage2", "than_stage2"])
+    assert results.loc["labels", "than_stage2"] == pytest.approx(-results.loc["stage2", "gain"])
     assert "1 of 1 heads equal" in written[2].read_text()
 
 

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from lrmil.bags import Bag
 from lrmil.errors import ConfigError
-from lrmil.evaluation import Predictions, bootstrap, paired_bootstrap
+from lrmil.evaluation import Predictions, bootstrap, interval_columns, paired_bootstrap
 from lrmil.files import read_json, write_json, write_text
 from lrmil.pipeline.config import RunSettings
 from lrmil.pipeline.context import Run, Split
@@ -51,6 +51,8 @@ ARMS = {
     "shuffled": "control: teacher of shuffled labels",
     "zero": "control: all weights 0",
 }
+_LESS = {"gain": "labels", "than_stage2": "stage2"}
+"""Columns of differences, and the arm that is taken away"""
 _METHOD = 1
 
 
@@ -191,21 +193,23 @@ def write_controls(done: Sequence[Mapping[str, Any]], folder: Path, name: str, r
     found = {arm: _predictions(done, arm) for arm in ARMS}
     rows = []
     for arm, predictions in found.items():
-        auc = bootstrap(predictions, "auc", seed=0, resamples=resamples)
-        row: dict[str, Any] = {"arm": arm, "auc": auc.value, "auc_low": auc.low, "auc_high": auc.high}
-        if arm != "labels":
-            gain = paired_bootstrap(predictions, found["labels"], "auc", seed=0, resamples=resamples)
-            row |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
+        row: dict[str, Any] = {"arm": arm}
+        row |= interval_columns("auc", bootstrap(predictions, "auc", seed=0, resamples=resamples))
+        for column, other in _LESS.items():
+            less = None
+            if arm != other:
+                less = paired_bootstrap(predictions, found[other], "auc", seed=0, resamples=resamples)
+            row |= interval_columns(column, less)
         rows.append(row)
     results = pd.DataFrame(rows)
     equal = sum(bool(cell["zero_equals_labels"]) for cell in done)
     cells = pd.DataFrame(
         {"seed": cell["seed"], "fold": cell["fold"], "zero_equals_labels": cell["zero_equals_labels"]} for cell in done
     )
-    lines = ["| | AUC | more than labels alone |", "|---|---:|---:|"]
+    lines = ["| | AUC | more than labels alone | more than stage 2 |", "|---|---:|---:|---:|"]
     for told in results.to_dict("records"):
-        more = "" if not np.isfinite(told["gain"]) else bracketed(told, "gain", "+.1f", scale=100)
-        lines.append(f"| {ARMS[told['arm']]} | {bracketed(told, 'auc', '.1f', scale=100)} | {more} |")
+        more = [bracketed(told, c, "+.1f", scale=100) if np.isfinite(told[c]) else "" for c in _LESS]
+        lines.append(f"| {ARMS[told['arm']]} | {bracketed(told, 'auc', '.1f', scale=100)} | {' | '.join(more)} |")
     lines.append(
         f"\nWith all weights 0, {equal} of {len(done)} heads equal the one trained on labels alone, bit for bit."
     )
