@@ -210,6 +210,34 @@ def test_resume_makes_only_what_is_missing(prepared: Path, tmp_path: Path) -> No
     assert [n for n in after if after[n][0] != before[n][0]] == ["A002.tif"]
 
 
+def test_pixels_of_an_interrupted_rewrite_do_not_stay_under_the_old_truth(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assemble_cohort(prepared, tmp_path, SMALL)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "slides").iterdir()}
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lrmil.cohorts.assembled.write_truth", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            assemble_cohort(prepared, tmp_path, SMALL.model_copy(update={"seed": 5}))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "slides").iterdir()} != before
+    assemble_cohort(prepared, tmp_path, SMALL)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "slides").iterdir()} == before
+
+
+def test_the_rule_of_the_other_task_counts(prepared: Path, tmp_path: Path) -> None:
+    columns = {}
+    for least in (1, 500, 1):
+        table = assemble_cohort(prepared, tmp_path, SMALL.model_copy(update={"min_epithelial": least}))
+        columns.setdefault(least, []).append(pd.read_csv(table)["epithelium"].tolist())
+    assert sum(columns[1][0]) > 0
+    assert columns[500] == [[0] * 4], "no field has so many"
+    assert columns[1][0] == columns[1][1]
+
+
 def test_another_seed_deals_other_groups(prepared: Path) -> None:
     images = read_crchisto(prepared)
     deals = [deal_groups(images, SMALL.model_copy(update={"seed": s})) for s in (1, 1, 2)]

@@ -107,6 +107,26 @@ def test_other_settings_are_not_mistaken_for_done(tmp_path: Path) -> None:
     assert (tmp_path / "slides" / "S001.tif").read_bytes() != before
 
 
+def test_pixels_of_an_interrupted_rewrite_do_not_stay_under_the_old_truth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = preset("test", slides=2, patients=2, slide_px=512, nuclei=NucleusSettings(shapes=8))
+    other = first.model_copy(update={"seed": 2})
+    simulate_cohort(tmp_path, first)
+    before = (tmp_path / "slides" / "S001.tif").read_bytes()
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lrmil.cohorts.simulated.cohort.write_truth", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            simulate_cohort(tmp_path, other)
+    assert (tmp_path / "slides" / "S001.tif").read_bytes() != before, "the pixels of the other are there"
+    simulate_cohort(tmp_path, first)
+    assert (tmp_path / "slides" / "S001.tif").read_bytes() == before
+
+
 def test_processes_give_the_same_slides(tmp_path: Path) -> None:
     settings = preset("test", slides=2, patients=2, slide_px=512, nuclei=NucleusSettings(shapes=8))
     for name, processes in (("one", 1), ("two", 2)):

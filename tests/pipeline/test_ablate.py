@@ -18,6 +18,7 @@ from lrmil.evaluation.predictions import Predictions
 from lrmil.pipeline.ablate import ablate, sensitivity
 from lrmil.pipeline.config import RunSettings, parse_config
 from lrmil.pipeline.reporting import Reporter
+from lrmil.pipeline.study import Study
 from lrmil.pipeline.variants import TABLE_3, ablation_plan, sensitivity_plan
 
 EVALUATION = {"timed_slides": 1, "heatmap_slides": 2, "baselines": ["majority", "colour_histogram", "lr_only"]}
@@ -358,3 +359,24 @@ def test_temperatures_that_a_task_does_not_have_are_left_out(
     assert results["method"].tolist() == ["bag 1, attention 1", "bag 1, attention 4"]
     assert "bag 4, attention 1 is left out" in "\n".join(outcome.summary)
     assert not (out / "variants" / "bag_temperature_4").exists()
+
+
+@pytest.mark.parametrize(("weight", "shared"), [(0.0, True), (1.0, False)])
+def test_stage_1_is_shared_unless_it_depends_on_another_teacher(
+    lab: Any, tmp_path: Path, weight: float, shared: bool
+) -> None:
+    settings = lab.settings(tmp_path / "run", stage1={"loss": {"lambda_attention_feature": weight}})
+    study = Study.begin(settings, quiet())
+    teacher = settings.teacher.model_copy(update={"epochs": 9})
+    other = study.variant("other teacher", settings.model_copy(update={"teacher": teacher}))
+    assert (other.run.stage1_folder is not None) == shared
+    assert study.variant("same", settings).run.stage1_folder == study.run.folder
+
+
+@pytest.mark.parametrize(("targets", "kept"), [("cached", (0, 1)), ("on_the_fly", ())])
+def test_layers_of_variants_are_kept_where_targets_are(
+    lab: Any, tmp_path: Path, targets: str, kept: tuple[int, ...]
+) -> None:
+    study = Study.begin(lab.settings(tmp_path / "run", targets=targets), quiet())
+    study.keep_layers_of(lab.settings(tmp_path / "run", stage1={"loss": {"layers": own}}) for own in ([0], [1]))
+    assert study.layers == kept

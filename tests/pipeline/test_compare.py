@@ -118,6 +118,16 @@ def test_seeds_are_averaged_and_share_folds(lab: Any, finished: Any, tmp_path: P
     assert np.array_equal(ran.probabilities, first.probabilities)
 
 
+def test_seeds_need_not_hold_the_config_s_own(lab: Any, finished: Any, tmp_path: Path) -> None:
+    out = finished.copy(tmp_path / "run")
+    compared = {"methods": ["mean_pool", "lrmil"], "jobs": 1, "seeds": [1]}
+    settings = lab.settings(out, compare=compared, evaluation={"timed_slides": 1}, seed=7)
+    compare(settings, quiet())
+    results = pd.read_csv(out / "compare" / "results.csv").set_index("method")
+    assert (results.loc[["Mean-P", "LRMIL"], "seconds_per_slide"] > 0).all()
+    assert not (out / "folds" / "0" / "heads" / "mean_pool").exists(), "nothing is trained with the config's seed"
+
+
 def test_several_processes_give_the_same_heads(lab: Any, compared: Path, finished: Any, tmp_path: Path) -> None:
     out = finished.copy(tmp_path / "run")
     compare(settings_for(lab, out, ["abmil", "mean_pool", "lrmil"], jobs=2), quiet())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,17 @@ import pandas as pd
 import pytest
 import torch
 
+from lrmil.cohorts.simulated import SimulatedSettings
 from lrmil.errors import ConfigError
+from lrmil.files import write_json
+from lrmil.pipeline.config import parse_config
 from lrmil.pipeline.context import Split
+from lrmil.pipeline.reporting import Reporter
 from lrmil.studies.slide_controls import (
     ARMS,
     FoldBags,
+    control_cells,
+    controls_key,
     do_cell,
     load_slide_controls,
     shuffled_labels,
@@ -70,6 +77,25 @@ def test_all_weights_zero_equals_labels_alone_and_the_other_arms_do_not(tmp_path
     assert np.isnan(results.loc["stage2", "than_stage2"])
     assert results.loc["labels", "than_stage2"] == pytest.approx(-results.loc["stage2", "gain"])
     assert "1 of 1 heads equal" in written[2].read_text()
+
+
+def test_cells_are_kept_for_what_they_were_trained_on(tmp_path: Path) -> None:
+    base = {"cohort": {"table": "a.csv"}, "out": "run", "folds": {"num_folds": 3}, "encoder": {"name": "lrmil-small"}}
+    cohort = SimulatedSettings(slides=4, patients=4)
+
+    def kept(**changes: Any) -> int:
+        reporter = Reporter(quiet=True, stream=io.StringIO())
+        return len(control_cells(parse_config(base | changes), cohort, (0,), tmp_path, reporter, train=False))
+
+    key = controls_key(parse_config(base), cohort)
+    for fold in range(3):
+        write_json(tmp_path / f"seed0_fold{fold}.json", {"key": key, "seed": 0, "fold": fold})
+    assert kept() == 3
+    assert kept(threads=4, deploy=False, compare={"jobs": 1}, out="elsewhere") == 3
+    assert kept(cohort={"table": "a.csv", "task": "other"}) == 0
+    assert kept(teacher={"epochs": 3}) == 0
+    with pytest.raises(ConfigError, match="asks for regression"):
+        kept(cohort={"table": "a.csv", "task": "share", "kind": "regression"})
 
 
 def test_shuffling_keeps_slides_and_the_number_of_each_label() -> None:

@@ -132,6 +132,24 @@ def _site_tested(splits: pd.DataFrame, sites: pd.Series) -> list[tuple[str, str]
     return [(fold, sites[splits.index[splits[fold] == "test"]].iloc[0]) for fold in splits]
 
 
+def test_paths_of_the_run_count_from_the_config_too(
+    tmp_path: Path, tiny_card: EncoderCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(tiny_card, build_trunk(tiny_card), input_px=32, embedding="cls", weights_source="drawn at random")
+    save_encoder(encoder, tmp_path / "study" / "encoder")
+    config = tmp_path / "study" / "s.yaml"
+    config.write_text("simulated: {}\nrun: {encoder: {name: encoder}, folds: {clam_splits: splits}}\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    run = load_slide_study(config).run
+    assert run["encoder"]["name"] == str(tmp_path / "study" / "encoder")
+    assert run["folds"]["clam_splits"] == str(tmp_path / "study" / "splits")
+    run = load_slide_study(config, ["run.encoder={name: lrmil-small, weights: w.safetensors}"]).run
+    assert run["encoder"] == {"name": "lrmil-small", "weights": str(elsewhere / "w.safetensors")}
+
+
 def test_impossible_configs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such config"):
         load_slide_study(tmp_path / "none.yaml")

@@ -17,6 +17,7 @@ placed so that it is itself positive wherever such a place is found, else where 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -30,7 +31,7 @@ from pydantic import Field, model_validator
 from lrmil.cohorts.contact_sheet import Tile, write_contact_sheet
 from lrmil.cohorts.crchisto import CLASSES, MPP, SourceImage, read_crchisto
 from lrmil.cohorts.mosaic import FIELD_PX, AssembledSlide, Piece, compose, inside_window
-from lrmil.cohorts.truth import box_polygon, is_finished, read_areas, write_truth
+from lrmil.cohorts.truth import box_polygon, forget_truth, is_finished, read_areas, write_truth
 from lrmil.errors import CohortError
 from lrmil.files import read_json, sha256, write_json, write_text
 from lrmil.settings import Settings, fingerprint
@@ -131,9 +132,9 @@ def assemble_cohort(
     `out` then holds slides/*.tif, truth/ (see `lrmil.cohorts.truth`; positive areas are the cells of positive fields),
     cohort.csv, assembled.json (settings, groups, which field is where) and contact_sheet.png. cohort.csv has
     slide_id, patient_id (the group), label (negative or positive, of `settings.task`), path, mpp, and further tasks
-    that follow from the same slides: inflammatory and epithelium (0 or 1; the one that is not `settings.task` is not
-    balanced), epithelial_share, fibroblast_share and inflammatory_share (of all nuclei of the slide), and
-    nuclei_per_mm2. Finished slides are kept.
+    that follow from the same slides: inflammatory and epithelium (0 or 1, of the whole fields that its windows were cut
+    from; the one that is not `settings.task` is not balanced), epithelial_share, fibroblast_share and
+    inflammatory_share (of all nuclei of the slide), and nuclei_per_mm2. Finished slides are kept.
 
     Args:
         source_dir: folder of CRCHistoPhenotypes, see `crchisto`.
@@ -149,11 +150,13 @@ def assemble_cohort(
     groups = deal_groups(images, settings)
     slides = plan_slides(groups, settings)
     source = {image.name: image for image in images}
-    prints = {image.name: sha256(image.path)[:12] for image in images}
+    prints = {image.name: _print(image) for image in images}
+    # The column of the task that slides are not drawn for depends on its rule alone.
+    rules = [settings.min_inflammatory, settings.min_epithelial]
     pixels: dict[str, npt.NDArray[np.uint8]] = {}
     for done, slide in enumerate(slides, start=1):
         used = [prints[piece.image] for piece in slide.pieces]
-        mark = fingerprint([repr(slide), settings.jpeg_quality, *used], _LAYING)
+        mark = fingerprint([repr(slide), settings.jpeg_quality, *used], rules, _LAYING)
         path = out / "slides" / f"{slide.slide_id}.tif"
         if not (path.is_file() and is_finished(out / "truth", slide.slide_id, mark)):
             for piece in slide.pieces:
@@ -165,6 +168,12 @@ def assemble_cohort(
     write_contact_sheet(out / "contact_sheet.png", [_tile(out, slide) for slide in slides])
     _write_record(out, images, groups, slides, settings)
     return _write_table(out, slides)
+
+
+def _print(image: SourceImage) -> str:
+    """Identify pixels and nuclei of a field."""
+    nuclei = hashlib.sha256(b"".join(a.tobytes() for a in (image.x_px, image.y_px, image.kind))).hexdigest()
+    return fingerprint(sha256(image.path), nuclei)
 
 
 def _rule(task: str, settings: AssembledSettings) -> tuple[str, int]:
@@ -231,6 +240,7 @@ def _write_slide(
     mark: str,
 ) -> None:
     canvas, nuclei, corners = compose(slide, source, pixels)
+    forget_truth(out / "truth", slide.slide_id)
     write_pyramid(path, canvas, MPP, quality=settings.jpeg_quality, description=f"assembled slide {slide.slide_id}")
     cells = [box_polygon(x, y, x + slide.window_px, y + slide.window_px) for x, y in corners]
     areas = {"field": cells, "positive": [c for c, p in zip(cells, slide.pieces, strict=True) if p.positive]}

@@ -86,6 +86,11 @@ def write_truth(
     write_json(folder / f"{slide_id}.json", summary)
 
 
+def forget_truth(folder: Path, slide_id: str) -> None:
+    """Take away what says that a slide is finished; to be done before its pixels are written anew."""
+    (folder / f"{slide_id}.json").unlink(missing_ok=True)
+
+
 def read_nuclei(path: Path) -> NucleusTable:
     """Read a table of nuclei."""
     with np.load(path, allow_pickle=False) as arrays:

@@ -52,7 +52,6 @@ from lrmil.pipeline.variants import (
     Plan,
     Variant,
     ablation_plan,
-    distilled_blocks,
     recipes_plan,
     sensitivity_plan,
 )
@@ -159,8 +158,7 @@ def _carry_out(study: Study, plan: Plan, folder: Path) -> Outcome:
     key = fingerprint(results_key(run), s.compare.seeds, plan.name, {v.title: dict(v.changes) for v in plan.variants})
     if run.folder.done_facts(folder).get("key") != key:
         shutil.rmtree(folder, ignore_errors=True)
-    if s.targets == "cached":
-        study.layers = distilled_blocks((v.applied(s) for v in plan.variants), study.encoder.depth)
+    study.keep_layers_of(v.applied(s) for v in plan.variants)
     study.do("tile")
     plan = _possible(study, plan)
     study.do("encode")
@@ -304,14 +302,17 @@ def _across_scales(study: Study, plan: Plan, said: Said) -> Plan:
         if lost:
             notes.append(f"{variant.title} is left out: {len(lost)} slides cannot be used (first: {lost[0]}).")
             continue
+        timed: Study | None = None
         for own in under_each_seed(here):
+            timed = timed or own
             answers = TestPredictions(own.run)
             for stage in ("distill", "teacher", "student"):
                 own.do(stage)
             for split in own.folds:
                 answers.add(variant.title, split, own.student(split))
             said.add(answers)
-        said.costs[variant.title] = _cost(here, variant.title)
+        assert timed is not None  # there is a seed
+        said.costs[variant.title] = _cost(timed, variant.title)
         kept.append(variant)
     return replace(plan, variants=tuple(kept), notes=tuple(notes))
 

@@ -32,6 +32,9 @@ from lrmil.training.predict import BagPrediction
 from lrmil.training.seeds import derive_seed
 from lrmil.training.stage2 import TeacherSettings
 
+_METHOD = 2
+"""Of timing; costs measured by another are measured again"""
+
 
 @dataclass(frozen=True)
 class ChoiceJob(HeadJob[SlideSource]):
@@ -127,7 +130,7 @@ def time_selective(
         `scales`, too, with reads, pixels, bytes and seconds of each scale.
     """
     weights = [encoder.weights_sha256, _checksum(head)]
-    key = fingerprint(timing_key(run, entries, encoder), head.describe(), weights)
+    key = fingerprint(timing_key(run, entries, encoder), head.describe(), weights, _METHOD)
 
     def answer(entry: SlideEntry) -> SlideCost:
         return answer_entry(run, entry, encoder.to(run.device), head.to(run.device))
@@ -140,7 +143,7 @@ def answer_entry(run: Run, entry: SlideEntry, encoder: Encoder, head: MultiScale
     s = run.settings
     began, bytes_before = time.perf_counter(), io_counter()
     with entry.open() as slide:
-        prepared = prepare_slide(slide, s.grid, s.tissue, s.tiles)
+        prepared = prepare_slide(slide, s.grid, s.tissue, s.tiles, s.threads)
         answer = answer_slide(head, live_scales(run, slide, prepared.grid, encoder, head.scales))
     ended, bytes_after = time.perf_counter(), io_counter()
     known = prepared.seconds + answer.encoding_s + answer.mil_s

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -29,6 +29,7 @@ from lrmil.pipeline.stale import discard_stale_results
 from lrmil.pipeline.student import student_outputs
 from lrmil.pipeline.teacher import teacher_bags, teacher_outputs
 from lrmil.pipeline.tile import tile_cohort
+from lrmil.pipeline.variants import distilled_blocks
 
 STAGES = ("tile", "encode", "distill", "teacher", "student")
 NEEDED = {
@@ -99,13 +100,18 @@ class Study:
             self.run,
             settings=settings,
             folder=self.run.folder.variant(name),
-            stage1_folder=stage1 if settings.stage1 == here.stage1 and settings.encoder == here.encoder else None,
+            stage1_folder=stage1 if _same_stage1(settings, here) else None,
             teacher_folder=shared if settings.teacher == here.teacher else None,
         )
         folds, proof = self.folds, self.proof
         if settings.folds != here.folds:
             folds, proof = make_splits(run, self.pictured)
         return Study(run, self.encoder, self.grids, folds, proof, main=self)
+
+    def keep_layers_of(self, settings: Iterable[RunSettings]) -> None:
+        """See to it that encoding keeps every block that one of several configs distils, where targets are cached."""
+        if self.run.settings.targets == "cached":
+            self.layers = distilled_blocks(settings, self.encoder.depth)
 
     @cached_property
     def pixels(self) -> RegionPixels:
@@ -241,3 +247,9 @@ class Study:
                 f"none of the {len(failures)} slides can be used; the first: {failures[0].message}",
                 fix=f"Every reason is in {self.run.folder.failures}.",
             )
+
+
+def _same_stage1(one: RunSettings, other: RunSettings) -> bool:
+    """Whether stage 1 comes out the same; with the released extra loss it depends on the teacher head."""
+    heads = one.teacher == other.teacher or not one.stage1.loss.lambda_attention_feature
+    return one.stage1 == other.stage1 and one.encoder == other.encoder and heads

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import yaml
 
+from lrmil.encoders.store import is_saved_encoder
 from lrmil.errors import ConfigError
 from lrmil.pipeline.overrides import apply_overrides, validated
 from lrmil.settings import Settings
@@ -45,7 +46,15 @@ def _read(path: Path) -> dict[str, object]:
 
 def _anchor(raw: dict[str, object], base: Path) -> None:
     """Make paths absolute, once."""
+    run = raw.get("run")
     places = [(raw, "out"), (raw, "crchisto"), (raw.get("fields"), "crchisto"), (raw.get("encoder"), "weights")]
+    if isinstance(run, dict):
+        places += [(run.get("encoder"), "weights"), (run.get("folds"), "clam_splits")]
     for section, name in places:
         if isinstance(section, dict) and isinstance(section.get(name), str):
             section[name] = str(base / Path(section[name]).expanduser())
+    for section in (raw.get("encoder"), run.get("encoder") if isinstance(run, dict) else None):
+        # An encoder is named by what it is, or by the folder that it was saved in.
+        if isinstance(section, dict) and isinstance(section.get("name"), str):
+            folder = base / Path(section["name"]).expanduser()
+            section["name"] = str(folder) if is_saved_encoder(folder) else section["name"]

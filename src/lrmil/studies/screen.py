@@ -27,7 +27,7 @@ from lrmil.pipeline.context import Split
 from lrmil.pipeline.evaluate import TestPredictions
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.study import Study
-from lrmil.pipeline.variants import OWN, Variant, distilled_blocks, recipe_variant
+from lrmil.pipeline.variants import OWN, Variant, recipe_variant
 from lrmil.studies.configs import load_config
 from lrmil.studies.forest import forest
 from lrmil.studies.markdown import bracketed
@@ -72,7 +72,7 @@ def run_screen(settings: ScreenSettings, reporter: Reporter, *, publish: Path | 
     study = Study.begin(run, reporter)
     _require_folds(study, settings.num_folds)
     require_trainable(study, [recipe for _, recipe in recipes])
-    study.layers = distilled_blocks(changed, study.encoder.depth)
+    study.keep_layers_of(changed)
     study.prepare()
     del study.folds[settings.num_folds :]
     rows: list[dict[str, Any]] = []

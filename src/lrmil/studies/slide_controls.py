@@ -23,7 +23,7 @@ from lrmil.bags import Bag
 from lrmil.errors import ConfigError
 from lrmil.evaluation import Predictions, bootstrap, interval_columns, paired_bootstrap
 from lrmil.files import read_json, write_json, write_text
-from lrmil.pipeline.config import RunSettings
+from lrmil.pipeline.config import RunSettings, decisive_settings
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.heads import slide_bag
 from lrmil.pipeline.reporting import Reporter, without_python_warnings
@@ -53,6 +53,8 @@ ARMS = {
 }
 _LESS = {"gain": "labels", "than_stage2": "stage2"}
 """Columns of differences, and the arm that is taken away"""
+_NO_MATTER = frozenset({"out", "device", "threads", "memory_gb", "deploy", "compare", "evaluation", "targets"})
+"""Sections of a run's config that change nothing of what is trained here"""
 _METHOD = 1
 
 
@@ -113,8 +115,16 @@ def control_cells(
         folder: where finished cells are kept.
         reporter: told of progress.
         train: False returns what is finished, and trains nothing.
+
+    Raises:
+        ConfigError: the run asks for no classes.
     """
-    key = fingerprint(_METHOD, made_of, run.model_dump(mode="json", exclude={"out", "cohort"}))
+    if run.cohort.kind != "classification":
+        raise ConfigError(
+            f"controls of stage 2 shuffle labels, but task {run.cohort.task!r} asks for {run.cohort.kind}.",
+            fix="Ask for classes, or leave the part controls out.",
+        )
+    key = controls_key(run, made_of)
     cells = [(seed, fold) for seed in seeds for fold in range(run.folds.num_folds)]
     waiting = [cell for cell in cells if _stored(folder, cell, key) is None] if train else []
     reporter.line(f"  {len(cells)} cells of controls, {len(waiting)} to do")
@@ -128,6 +138,14 @@ def control_cells(
             write_json(_path(folder, (seed, fold)), found | {"key": key, "seed": seed, "fold": fold})
             reporter.line(f"  seed {seed}, fold {fold} done")
     return [found for found in (_stored(folder, cell, key) for cell in cells) if found is not None]
+
+
+def controls_key(run: RunSettings, made_of: Settings) -> str:
+    """Return what a cell depends on beside its seed and fold."""
+    decisive = decisive_settings(run, _NO_MATTER)
+    # What the table holds follows from `made_of`; where it lies does not matter.
+    del decisive["cohort"]["table"]
+    return fingerprint(_METHOD, made_of, decisive)
 
 
 def do_cell(run: Run, fold: FoldBags, seed: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from lrmil.cohorts.simulated.plan import SlidePlan, label_name, plan_cohort
 from lrmil.cohorts.simulated.settings import SimulatedSettings
 from lrmil.cohorts.simulated.slide import build_scene, scene_truth
 from lrmil.cohorts.simulated.stain import make_profile, make_site, patient_strength
-from lrmil.cohorts.truth import NucleusTable, is_finished, mask_polygons, read_areas, write_truth
+from lrmil.cohorts.truth import NucleusTable, forget_truth, is_finished, mask_polygons, read_areas, write_truth
 from lrmil.files import read_json, write_json, write_text
 from lrmil.settings import fingerprint
 from lrmil.slides import write_pyramid
@@ -113,6 +113,7 @@ def _one_thread() -> None:
 def _write_slide(out: Path, settings: SimulatedSettings, plan: SlidePlan) -> str:
     scene = draw_slide(settings, plan)
     path = _slide_path(out, plan)
+    forget_truth(out / "truth", plan.slide_id)
     write_pyramid(
         path,
         _strips(scene, settings.slide_px, settings.mpp),
