@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,18 @@ def test_a_finished_cell_is_never_done_again(
     changed = settings.model_copy(update={"recipes": (settings.recipes[0], longer)})
     run_probe(changed, Reporter(quiet=True))
     assert done == [f"foreign/seed0_fold{fold}.json" for fold in range(3)], "only what depends on the change"
+
+
+def test_another_number_of_folds_begins_anew(settings: ProbeSettings, finished: list[Path], tmp_path: Path) -> None:
+    """The images of fold 0 of 3 are not those of fold 0 of 4: together they would count some images twice."""
+    assert settings.out is not None
+    shutil.copytree(settings.out, tmp_path / "four")
+    changed = {"out": str(tmp_path / "four"), "num_folds": 4, "recipes": (), "ceiling": None}
+    study = ProbeStudy.begin(settings.model_copy(update=changed), Reporter(quiet=True))
+    cells = list(study.cells())
+    assert [study.stored(cell) for cell in cells] == [None] * 4
+    seen = np.concatenate([study.do(cell)["views"] for cell in cells])
+    assert np.sort(seen).tolist() == list(range(len(study.probe))), "each region once"
 
 
 def test_the_command_shows_what_is_finished_and_trains_nothing(

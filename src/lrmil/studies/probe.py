@@ -36,7 +36,7 @@ from lrmil.training.loop import FitResult
 from lrmil.training.seeds import derive_seed
 from lrmil.training.stage1 import Stage1Settings, distil_encoder
 
-_METHOD = 3
+_METHOD = 4
 """Raised whenever the same settings give other numbers than before; finished cells are then done anew."""
 Features = npt.NDArray[np.floating]
 
@@ -95,7 +95,9 @@ class ProbeStudy:
         layers.add(encoder.depth - 1)
         teacher = Teacher(encoder, settings, sorted(layers), folder / "teacher")
         splits = {seed: make_splits(fields, settings, seed) for seed in settings.seeds}
-        names = ("patch_px", "ratio", "targets", "min_nuclei", "train_views", "val_views", "views_seed", "random_seed")
+        # The number of folds says who is tested in fold k, and how many training views a field has.
+        regions = ("patch_px", "ratio", "targets", "min_nuclei", "num_folds")
+        names = (*regions, "train_views", "val_views", "views_seed", "random_seed")
         shared = {name: getattr(settings, name) for name in names}
         digests = [field.digest() for field in fields]
         key = fingerprint(_METHOD, shared, settings.precision, encoder.weights_sha256, digests)
