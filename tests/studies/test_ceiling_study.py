@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -89,6 +91,36 @@ def test_no_slide_both_teaches_and_chooses_the_epoch(
     asked.clear()
     run_ceiling_study(settings.model_copy(update={"regions": (12,)}), quiet())
     assert not asked, "nothing is done twice"
+
+
+@pytest.mark.parametrize(
+    ("changed", "anew"),
+    [
+        # The weights are the same.
+        (PROBE.replace("random_seed: 1", "random_seed: 1, position_embedding: legacy_slice"), {"ridge", "network"}),
+        # A network is trained and asked in float32 either way.
+        (PROBE + "precision: bfloat16\n", {"ridge"}),
+    ],
+)
+def test_what_changes_the_answers_is_learned_from_anew(
+    settings: CeilingStudySettings, monkeypatch: pytest.MonkeyPatch, changed: str, anew: set[str]
+) -> None:
+    one = settings.model_copy(update={"regions": (12,)})
+    run_ceiling_study(one, quiet())
+    done: set[str] = set()
+
+    def watch(way: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any) -> Any:
+            done.add(way)
+            return real(*args)
+
+        return watched
+
+    for way in WAYS:
+        monkeypatch.setattr(ceiling_study, f"_by_{way}", watch(way, getattr(ceiling_study, f"_by_{way}")))
+    Path(settings.studies[0]).write_text(changed)
+    run_ceiling_study(one, quiet())
+    assert done == anew
 
 
 def test_what_cannot_be_is_refused(settings: CeilingStudySettings) -> None:

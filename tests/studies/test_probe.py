@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 from pathlib import Path
@@ -17,9 +18,11 @@ from typer.testing import CliRunner
 from lrmil.cli.app import app
 from lrmil.errors import ConfigError
 from lrmil.pipeline.reporting import Reporter
+from lrmil.studies import probe
 from lrmil.studies.probe import Cell, ProbeStudy
 from lrmil.studies.run import run_probe
 from lrmil.studies.settings import ProbeSettings, load_study
+from lrmil.studies.taught import Teacher
 
 CONFIG = f"""
 fields: {{crchisto: tissue}}
@@ -120,6 +123,35 @@ def test_another_number_of_folds_begins_anew(settings: ProbeSettings, finished: 
     assert [study.stored(cell) for cell in cells] == [None] * 4
     seen = np.concatenate([study.do(cell)["views"] for cell in cells])
     assert np.sort(seen).tolist() == list(range(len(study.probe))), "each region once"
+
+
+@pytest.mark.parametrize("change", ["position_embedding", "mean"])
+def test_an_encoder_that_sees_otherwise_with_the_same_weights_begins_anew(
+    settings: ProbeSettings, finished: list[Path], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    class Asked(Exception):
+        pass
+
+    def ask(*_: Any) -> Any:
+        raise Asked
+
+    before = ProbeStudy.begin(settings, Reporter(quiet=True))
+    if change == "position_embedding":
+        encoder = settings.encoder.model_copy(update={"position_embedding": "legacy_slice"})
+        settings = settings.model_copy(update={"encoder": encoder})
+    else:
+        shifted = copy.deepcopy(before.encoder)
+        shifted.card = shifted.card.model_copy(update={"mean": (0.1, 0.2, 0.3)})
+        monkeypatch.setattr(probe, "build_encoder", lambda *_: shifted)
+    after = ProbeStudy.begin(settings, Reporter(quiet=True))
+    assert after.encoder.weights_sha256 == before.encoder.weights_sha256
+    cells = [cell for cell in before.cells() if cell.arm == "reference"]
+    assert all(before.stored(cell) is not None for cell in cells)
+    assert [after.stored(cell) for cell in cells] == [None] * len(cells)
+    monkeypatch.setattr(Teacher, "_ask", ask)
+    assert len(before.probe) == len(before.fields) * 4, "what the teacher said is kept"
+    with pytest.raises(Asked):
+        _ = after.probe
 
 
 def test_the_command_shows_what_is_finished_and_trains_nothing(

@@ -40,7 +40,8 @@ from lrmil.studies.views import ImageArray, View, look, probe_views, training_vi
 from lrmil.training.seeds import derive_seed
 
 WAYS = {"ridge": "ridge regression on the frozen embedding", "network": "fine-tuning the network"}
-_METHOD = 1
+_METHOD = 2
+"""Raised whenever the same settings give other numbers than before; what is finished is then done anew."""
 
 
 class CeilingStudySettings(Settings):
@@ -142,10 +143,10 @@ def _study(
     drawn = (settings.seed, settings.slides, settings.fields_per_slide, settings.val_share)
     asked = probe.model_dump(mode="json", include={"fields", "patch_px", "ratio", "targets", "min_nuclei"})
     encoder = build_encoder(probe)
+    # A network is trained and asked in float32, whatever the precision of encoding.
+    own = {"network": recipe, "ridge": probe.precision}
     keys = {
-        (count, way): fingerprint(
-            _METHOD, recipe if way == "network" else None, drawn, asked, encoder.weights_sha256, count
-        )
+        (count, way): fingerprint(_METHOD, own[way], drawn, asked, encoder.describe(), count)
         for count, way in product(settings.regions, WAYS)
     }
     waiting = [cell for cell, key in keys.items() if _stored(folder, cell, key) is None]

@@ -100,7 +100,7 @@ class ProbeStudy:
         names = (*regions, "train_views", "val_views", "views_seed", "random_seed")
         shared = {name: getattr(settings, name) for name in names}
         digests = [field.digest() for field in fields]
-        key = fingerprint(_METHOD, shared, settings.precision, encoder.weights_sha256, digests)
+        key = fingerprint(_METHOD, shared, settings.precision, encoder.describe(), digests)
         return cls(settings, reporter, folder, fields, encoder, teacher, splits, key)
 
     def cells(self) -> Iterator[Cell]:

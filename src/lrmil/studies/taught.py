@@ -47,14 +47,14 @@ class Teacher:
 
     def __init__(self, encoder: Encoder, settings: ProbeSettings, layers: Sequence[int], folder: Path) -> None:
         self.encoder, self.settings, self.layers, self.folder = encoder, settings, tuple(layers), folder
-        self._weights = encoder.weights_sha256
+        self._described = encoder.describe()
 
     def views(self, number: int, field: Field, views: Sequence[View], part: str) -> TaughtViews:
         """Return what is seen in the views of a field; `part` names the set of views in the cache."""
         s = self.settings
         seen = look(field, views, s.patch_px, s.ratio, s.targets, s.min_nuclei)
         key = fingerprint(
-            field.digest(), [vars(v) for v in views], s.patch_px, s.ratio, s.precision, self._weights, self.layers
+            field.digest(), [vars(v) for v in views], s.patch_px, s.ratio, s.precision, self._described, self.layers
         )
         path = self.folder / part / f"{field.name}.npz"
         stored = _read(path, key)
