@@ -19,6 +19,7 @@ from lrmil.cli.app import app
 from lrmil.errors import ConfigError
 from lrmil.pipeline.reporting import Reporter
 from lrmil.studies import probe
+from lrmil.studies.arms import TAKEN
 from lrmil.studies.probe import Cell, ProbeStudy
 from lrmil.studies.run import run_probe
 from lrmil.studies.settings import ProbeSettings, load_study
@@ -168,12 +169,21 @@ def test_the_command_shows_what_is_finished_and_trains_nothing(
     assert isinstance(result.exception, ConfigError)
 
 
+def test_no_recipe_can_have_the_name_of_an_arm_that_is_none(settings: ProbeSettings, finished: list[Path]) -> None:
+    study = ProbeStudy.begin(settings, Reporter(quiet=True))
+    trained = {recipe.name for recipe in settings.recipes}
+    cells = [study.stored(cell) for cell in study.cells() if cell.recipe is None]
+    told = {answer["arm"] for found in cells if found is not None for answer in found["answers"]}
+    assert told | ({cell.arm for cell in study.cells()} - trained) == TAKEN
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
         ("fields.simulated={}", "either crchisto or simulated"),
         ("encoder.embedding=cls", "both probed"),
-        ("recipes=[{name: reference}]", "names of their own"),
+        ("recipes=[{name: a}, {name: b}, {name: a}]", "several of a"),
+        *((f"recipes=[{{name: {arm}}}]", f"names of their own; {arm}: ") for arm in sorted(TAKEN)),
         ("recipes=[{name: a, children: lost}]", "children"),
         ("patch=3", "patch"),
     ],

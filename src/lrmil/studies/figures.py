@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lrmil.evaluation.plots import BLACK, BLUE, GREEN, ORANGE, VERMILION, new_figure, set_title, style_axes
+from lrmil.studies.arms import REFERENCE_TITLES
 from lrmil.studies.settings import ProbeSettings
 
 KIND_STYLE = {
@@ -20,13 +21,6 @@ KIND_STYLE = {
     "colours": (ORANGE, "^", "colours"),
 }
 """colour, marker, name of each embedding"""
-REFERENCE_TITLES = {
-    "hr": "20x: 16 children",
-    "lr": "5x, not distilled",
-    "ceiling": "5x, trained on truth",
-    "random": "5x, random weights",
-    "colour": "5x, colours alone",
-}
 _ROW_IN = 0.42
 
 

@@ -24,6 +24,7 @@ from lrmil.errors import ConfigError
 from lrmil.files import read_json, remove_leftovers, write_json
 from lrmil.pipeline.reporting import Reporter, without_python_warnings
 from lrmil.settings import fingerprint
+from lrmil.studies.arms import CEILING, REFERENCE
 from lrmil.studies.ceiling import ceiling_answers, train_ceiling
 from lrmil.studies.fields import Field, FloatArray, load_fields
 from lrmil.studies.matches import MatchedViews, slot_retrieval, student_blocks
@@ -106,11 +107,11 @@ class ProbeStudy:
     def cells(self) -> Iterator[Cell]:
         """All cells, in the order in which they are done: one recipe in all folds, then more recipes, seeds."""
         s = self.settings
-        yield from (Cell("reference", fold, seed) for seed in s.seeds for fold in range(s.num_folds))
+        yield from (Cell(REFERENCE, fold, seed) for seed in s.seeds for fold in range(s.num_folds))
         for number, recipe in enumerate(s.recipes):
             yield from (Cell(recipe.name, fold, seed, recipe) for seed, fold in self._runs(recipe))
             if number == 0 and s.ceiling is not None:
-                yield from (Cell("ceiling", fold, seed) for seed, fold in self._runs(s.ceiling))
+                yield from (Cell(CEILING, fold, seed) for seed, fold in self._runs(s.ceiling))
 
     def _runs(self, arm: Stage1Recipe | CeilingSettings) -> list[tuple[int, int]]:
         """(seed, fold) in which an arm is trained."""
@@ -128,7 +129,7 @@ class ProbeStudy:
     def do(self, cell: Cell) -> dict[str, Any]:
         """Do one cell and write it down."""
         began = time.monotonic()
-        if cell.arm == "reference":
+        if cell.arm == REFERENCE:
             found = self._reference(cell)
         elif cell.recipe is None:
             found = self._ceiling(cell)
@@ -236,7 +237,7 @@ class ProbeStudy:
         network, fit = train_ceiling(copy.deepcopy(self.encoder), train, val, s.ceiling, seed=seed)
         said = ceiling_answers(network, self.probe.images[self._rows(self.probe, cell, "test")])
         answers = [
-            {"arm": "ceiling", "embedding": "direct", "target": target, "alpha": None, "predicted": said[:, column]}
+            {"arm": CEILING, "embedding": "direct", "target": target, "alpha": None, "predicted": said[:, column]}
             for column, target in enumerate(s.targets)
         ]
         return {"answers": answers, "fit": _told(fit)}
@@ -287,7 +288,7 @@ class ProbeStudy:
             return fingerprint(
                 self.key, cell.recipe.model_dump(mode="json", exclude={"name", "title", "seeds", "folds"}), cell.seed
             )
-        ceiling = self.settings.ceiling if cell.arm == "ceiling" else None
+        ceiling = self.settings.ceiling if cell.arm == CEILING else None
         own = None if ceiling is None else ceiling.model_dump(mode="json", exclude={"seeds", "folds"})
         return fingerprint(self.key, cell.arm, own, cell.seed)
 

@@ -14,6 +14,7 @@ from lrmil.errors import ConfigError
 from lrmil.evaluation.plots import save_figure
 from lrmil.files import write_json, write_text
 from lrmil.pipeline.reporting import Reporter
+from lrmil.studies.arms import REFERENCE
 from lrmil.studies.figures import gains_figure, probes_figure, retrieval_figure
 from lrmil.studies.markdown import study_page
 from lrmil.studies.probe import Cell, ProbeStudy
@@ -57,7 +58,7 @@ def run_probe(
 def write_results(study: ProbeStudy, cells: Sequence[Cell]) -> list[Path]:
     """Write cells.csv, results.csv, retrieval.csv, summary.json, table.md and the figures of all finished cells."""
     done = [found for found in (study.stored(cell) for cell in cells) if found is not None]
-    if not any(found["arm"] == "reference" for found in done):
+    if not any(found["arm"] == REFERENCE for found in done):
         raise ConfigError("no cell of this study is finished.", fix="Run it first.")
     s = study.settings
     answers, retrieval = answers_frame(study, done), retrieval_frame(study, done)
@@ -128,7 +129,7 @@ def retrieval_frame(study: ProbeStudy, done: Sequence[dict[str, Any]]) -> pd.Dat
         views = np.array(cell["views"])
         for layer, shares in cell.get("retrieval", {}).items():
             columns = {"layer": int(layer), "fold": cell["fold"], "seed": cell["seed"], "group": study.groups[views]}
-            arm = "lr" if cell["arm"] == "reference" else cell["arm"]
+            arm = "lr" if cell["arm"] == REFERENCE else cell["arm"]
             frames.append(pd.DataFrame({"arm": arm, **columns, "view": views, "share": shares}))
     return pd.concat(frames, ignore_index=True)
 

@@ -12,6 +12,7 @@ from lrmil.cohorts.simulated.settings import SimulatedSettings
 from lrmil.distill import Stage1LossSettings
 from lrmil.encoders.settings import EncoderSettings, Precision
 from lrmil.settings import Settings
+from lrmil.studies.arms import TAKEN
 from lrmil.studies.configs import load_config
 
 EmbeddingKind = Literal["cls", "token_mean", "both"]
@@ -99,8 +100,12 @@ class ProbeSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> ProbeSettings:
         names = [recipe.name for recipe in self.recipes]
-        if len(set(names)) < len(names) or set(names) & {"reference", "ceiling"}:
-            raise ValueError("recipes need names of their own, other than reference and ceiling")
+        taken = sorted(TAKEN & set(names))
+        if taken:
+            raise ValueError(f"recipes need names of their own; {', '.join(taken)}: so are arms of every study called")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"recipes need names of their own; there are several of {', '.join(twice)}")
         if self.encoder.embedding not in (None, "cls+token_mean"):
             raise ValueError("leave encoder.embedding out: class token and token mean are both probed")
         return self
