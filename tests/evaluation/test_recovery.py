@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lrmil.errors import ConfigError
-from lrmil.evaluation import Predictions, Values, bootstrap, paired_bootstrap, recovered_share
+from lrmil.evaluation import Interval, Predictions, Values, bootstrap, paired_bootstrap, recovered_share
+from lrmil.evaluation.recovery import share_of_gap
 
 
 def answers(noise: float, seed: int, patients: int = 120, offset: int = 0) -> Predictions:
@@ -75,6 +76,30 @@ def test_where_smaller_is_better_the_gap_is_negative() -> None:
     assert found.gap.high < 0
     assert found.share is not None
     assert found.share.value == pytest.approx(0.5, abs=0.2)
+
+
+def test_resamples_without_a_gap_lie_outside_on_either_side_in_turn() -> None:
+    """Of 1000, 20 have no gap: 10 lie below all shares and 10 above, so the ends move out by so many."""
+    rng = np.random.default_rng(0)
+    share = rng.permutation(np.linspace(0.2, 0.8, 980))
+    distance = np.concatenate([np.full(10, -1e-3), np.zeros(5), np.full(5, np.nan), rng.uniform(0.5, 1.5, 980)])
+    covered = np.concatenate([np.full(20, 0.5), share * distance[20:]])
+    gap = Interval(1.0, 0.5, 1.5, 0.95, 1000, 40)
+    order = rng.permutation(1000)
+    for sign in (1, -1):
+        method, upper, lower = (0.5, covered), (1.0, distance), (0.0, np.zeros(1000))
+        turned = [(sign * value, sign * drawn[order]) for value, drawn in (method, upper, lower)]
+        own = Interval(sign * 1.0, min(sign * 0.5, sign * 1.5), max(sign * 0.5, sign * 1.5), 0.95, 1000, 40)
+        found = share_of_gap(own, *turned, higher_is_better=sign > 0)
+        assert found is not None
+        assert found.value == 0.5
+        ordered = np.sort(share)
+        assert (found.low, found.high) == pytest.approx((ordered[25 - 10], ordered[-1 - (25 - 10)]), abs=1e-3)
+    assert share_of_gap(gap, *turned, higher_is_better=False) is None, "the wrong way round"
+    many = [(value, np.where(np.arange(1000) < 60, np.nan, drawn)) for value, drawn in (method, upper, lower)]
+    open_ended = share_of_gap(gap, *many)
+    assert open_ended is not None
+    assert (open_ended.low, open_ended.high) == (-np.inf, np.inf), "wider, never narrower"
 
 
 def test_other_patients_are_refused() -> None:

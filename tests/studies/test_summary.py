@@ -11,8 +11,9 @@ from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
 from lrmil.errors import TrainingError
+from lrmil.evaluation.recovery import share_of_gap
 from lrmil.studies.ridge import ALPHAS, ridge_probe
-from lrmil.studies.summary import group_losses, recovery, results_table, retrieval_table
+from lrmil.studies.summary import Drawn, group_losses, recovery, results_table, retrieval_table
 
 
 def _answers(noise: dict[str, float], seeds: int = 2, folds: int = 3) -> pd.DataFrame:
@@ -82,7 +83,19 @@ def test_nothing_is_recovered_where_20x_is_not_better_with_confidence() -> None:
     assert own["gap_low"] <= 0
     assert np.isnan(own["recovery"])
     drawn = np.linspace(-1, 1, 100)
-    assert recovery((1.0, drawn), (0.0, drawn * 0), (0.5, drawn)) is None
+    assert recovery(Drawn(1.0, drawn, 9), Drawn(0.0, drawn * 0, 9), Drawn(0.5, drawn, 9)) is None
+
+
+def test_what_is_recovered_follows_the_rule_of_the_comparisons() -> None:
+    """A resample whose gap is negative must not turn what is above both into what is below both."""
+    gap = np.where(np.arange(1000) < 20, -0.01, np.linspace(0.5, 1.5, 1000))
+    student, lr, hr = (Drawn(float(v.mean()), v, 30) for v in (gap * 0 + 0.8, gap * 0 + 0.1, gap + 0.1))
+    found = recovery(student, lr, hr)
+    assert found is not None
+    wanted = share_of_gap((hr - lr).interval(), *((own.value, own.resamples) for own in (student, hr, lr)))
+    assert found == wanted
+    assert 0 < found.low < found.value < found.high
+    assert found.patients == 30
 
 
 def test_only_shared_cells_are_compared() -> None:

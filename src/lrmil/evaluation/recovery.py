@@ -16,7 +16,10 @@ from lrmil.evaluation.intervals import (
     resample_patients,
 )
 from lrmil.evaluation.metrics import metric
-from lrmil.evaluation.scored import Scored
+from lrmil.evaluation.scored import FloatArray, Scored
+
+Resampled = tuple[float, FloatArray]
+"""A value, and what it is in each resample (B,)"""
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,45 @@ class Recovery:
         return interval_columns("gap", self.gap) | interval_columns("recovered", self.share)
 
 
+def share_of_gap(
+    gap: Interval, method: Resampled, upper: Resampled, lower: Resampled, *, higher_is_better: bool = True
+) -> Interval | None:
+    """Return (method - lower) / (upper - lower), never clipped, with its 95 % interval.
+
+    Resamples in which the gap is not positive have no share: its sign would turn, and what lies far above look as if it
+    lay far below. They, and those in which something is undefined, count as infinitely far out on either side in turn,
+    so that they widen the interval and never narrow it.
+
+    Args:
+        gap: upper - lower.
+        method: what may have recovered something; resampled together with the others.
+        upper: what is better.
+        lower: what the method begins at.
+        higher_is_better: False: a gap is negative.
+
+    Returns:
+        None unless the whole interval of the gap lies on the side where `upper` is better.
+    """
+    sign = 1 if higher_is_better else -1
+    if not (gap.excludes_zero() and sign * gap.value > 0):
+        return None
+    distance = upper[1] - lower[1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = (method[1] - lower[1]) / distance
+    lost = ~(sign * distance > 0) | np.isnan(shares)
+    shares[lost] = np.where(np.arange(lost.sum()) % 2, np.inf, -np.inf)
+    # No interpolation: between a number and infinity there is nothing.
+    low, high = (float(np.quantile(shares, q, method="nearest")) for q in (0.025, 0.975))
+    value = float((method[0] - lower[0]) / (upper[0] - lower[0]))
+    return Interval(value, low, high, 0.95, len(shares), gap.patients, gap.notes)
+
+
 def recovered_share(
     method: Scored, upper: Scored, lower: Scored, name: str, *, seed: int, resamples: int = RESAMPLES
 ) -> Recovery:
     """Return (metric(method) - metric(lower)) / (metric(upper) - metric(lower)) with its 95 % interval.
 
-    Each resample of patients scores all three. Resamples in which the gap is not positive have no share, and count as
-    infinitely far out on either side in turn, so that they widen the interval and never narrow it.
+    Each resample of patients scores all three; see `share_of_gap`.
 
     Args:
         method: what may have recovered something, such as LRMIL.
@@ -55,18 +90,6 @@ def recovered_share(
     check_paired(method, upper)
     gap = paired_bootstrap(upper, lower, name, seed=seed, resamples=resamples)
     of = metric(name)
-    sign = 1 if of.higher_is_better else -1
-    if not (gap.excludes_zero() and sign * gap.value > 0):
-        return Recovery(gap, None)
     drawn = resample_patients(method, resamples, seed)
-    points, values = (
-        [fold_average(scored, of, patients)[0] for scored in (method, upper, lower)] for patients in (None, drawn)
-    )
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shares = (values[0] - values[2]) / (values[1] - values[2])
-    lost = ~(sign * (values[1] - values[2]) > 0)
-    shares[lost] = np.where(np.arange(lost.sum()) % 2, np.inf, -np.inf)
-    # No interpolation: between a number and infinity there is nothing.
-    low, high = (float(np.quantile(shares, q, method="nearest")) for q in (0.025, 0.975))
-    value = float((points[0] - points[2])[0] / (points[1] - points[2])[0])
-    return Recovery(gap, Interval(value, low, high, 0.95, resamples, gap.patients, gap.notes))
+    scored = [(float(fold_average(s, of)[0][0]), fold_average(s, of, drawn)[0]) for s in (method, upper, lower)]
+    return Recovery(gap, share_of_gap(gap, *scored, higher_is_better=of.higher_is_better))

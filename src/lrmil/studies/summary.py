@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from lrmil.evaluation.intervals import resample_patients
+from lrmil.evaluation.intervals import Interval, interval_columns, resample_patients
+from lrmil.evaluation.recovery import share_of_gap
 from lrmil.evaluation.values import Values
 
 FloatArray = npt.NDArray[np.float64]
@@ -29,16 +30,22 @@ Arm = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A value with its 95 % interval."""
+class Drawn:
+    """A value, and what it is in each resample of groups (B,)."""
 
     value: float
-    low: float
-    high: float
+    resamples: FloatArray
+    groups: int
+    """how many are resampled"""
 
-    def excludes_zero(self) -> bool:
-        """True if the whole interval lies on one side of 0."""
-        return bool(self.low > 0 or self.high < 0)
+    def __sub__(self, other: Drawn) -> Drawn:
+        """Return the paired difference: both under the same resamples."""
+        return Drawn(self.value - other.value, self.resamples - other.resamples, self.groups)
+
+    def interval(self) -> Interval:
+        """Return the value with the 2.5 and 97.5 % points of its resamples."""
+        low, high = np.quantile(self.resamples, [0.025, 0.975])
+        return Interval(self.value, float(low), float(high), 0.95, len(self.resamples), self.groups)
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class GroupLosses:
 
     @property
     def seeds(self) -> int:
-        """How many seeds there are, finished or not."""
+        """How many seeds have a finished fold."""
         return len({seed for seed, _ in self.cells})
 
     def share(self, cells: Collection[tuple[int, int]]) -> pd.Series:
@@ -86,33 +93,23 @@ class Bootstrap:
     def __init__(self, resamples: int, seed: int = 0) -> None:
         self._resamples, self._seed = resamples, seed
 
-    def r2(self, losses: GroupLosses, cells: Collection[tuple[int, int]]) -> tuple[float, FloatArray]:
-        """Return R2 over some cells, and its resamples (B,)."""
+    def r2(self, losses: GroupLosses, cells: Collection[tuple[int, int]]) -> Drawn:
+        """Return R2 over some cells."""
         share = losses.share(cells).sort_index()
         ids = share.index.astype(str).tolist()
         keys = Values.of(slide_ids=ids, patient_ids=ids, targets=np.zeros(len(ids)), predicted=np.zeros(len(ids)))
         drawn = resample_patients(keys, self._resamples, self._seed)
         weights = drawn.for_rows(keys.patient_ids, slice(None))
-        return float(1 - share.sum()), 1 - weights @ share.to_numpy()
+        return Drawn(float(1 - share.sum()), 1 - weights @ share.to_numpy(), len(ids))
 
 
-def estimate(value: float, drawn: FloatArray) -> Estimate:
-    """A value with the 2.5 and 97.5 % points of its resamples."""
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Estimate(value, float(low), float(high))
-
-
-def recovery(
-    student: tuple[float, FloatArray], low: tuple[float, FloatArray], high: tuple[float, FloatArray]
-) -> Estimate | None:
-    """(student - LR) / (HR - LR), each given as (value, resamples); not clipped.
+def recovery(student: Drawn, low: Drawn, high: Drawn) -> Interval | None:
+    """Return (student - LR) / (HR - LR), not clipped; see `share_of_gap`.
 
     None unless the interval of HR - LR lies above 0: without a gap there is nothing to recover.
     """
-    gap = estimate(high[0] - low[0], high[1] - low[1])
-    if gap.low <= 0:
-        return None
-    return estimate((student[0] - low[0]) / gap.value, (student[1] - low[1]) / (high[1] - low[1]))
+    student_, high_, low_ = ((own.value, own.resamples) for own in (student, high, low))
+    return share_of_gap((high - low).interval(), student_, high_, low_)
 
 
 def results_table(
@@ -151,9 +148,11 @@ def _row(
     own = losses[arm]
     name, embedding = arm
     row: dict[str, Any] = {"target": target, "arm": name, "embedding": embedding}
-    row |= {"cells": len(own.cells), "seeds": own.seeds} | _three("r2", estimate(*bootstrap.r2(own, own.cells)))
+    row |= {"cells": len(own.cells), "seeds": own.seeds} | interval_columns(
+        "r2", bootstrap.r2(own, own.cells).interval()
+    )
 
-    def paired(other: Arm) -> tuple[tuple[float, FloatArray], tuple[float, FloatArray], set[tuple[int, int]]] | None:
+    def paired(other: Arm) -> tuple[Drawn, Drawn, set[tuple[int, int]]] | None:
         if other not in losses or other == arm:
             return None
         cells = own.cells & losses[other].cells
@@ -164,15 +163,15 @@ def _row(
     against = paired(("lr", kind))
     if against is not None:
         mine, low, cells = against
-        row |= _three("gain", estimate(mine[0] - low[0], mine[1] - low[1]))
+        row |= interval_columns("gain", (mine - low).interval())
         if ("hr", kind) in losses and name != "hr":
             high = bootstrap.r2(losses["hr", kind], cells)
-            row |= _three("gap", estimate(high[0] - low[0], high[1] - low[1]))
-            row |= _three("recovery", recovery(mine, low, high))
+            row |= interval_columns("gap", (high - low).interval())
+            row |= interval_columns("recovery", recovery(mine, low, high))
     unbroken = paired((primary, embedding)) if primary is not None and name not in ("hr", "lr", "random") else None
     if unbroken is not None:
         mine, best, _ = unbroken
-        row |= _three("below_primary", estimate(best[0] - mine[0], best[1] - mine[1]))
+        row |= interval_columns("below_primary", (best - mine).interval())
     return row
 
 
@@ -189,14 +188,8 @@ def retrieval_table(retrieval: pd.DataFrame, resamples: int, last_layer: int) ->
         for layer in sorted(set(part["layer"].tolist())):
             own = part[part["layer"] == layer]
             losses = GroupLosses(own.groupby(["seed", "fold", "group"])["share"].agg(["sum", "count"]))
-            value, drawn = Bootstrap(resamples).r2(losses, losses.cells)
-            found = estimate(1 - value, 1 - drawn)
+            missed = Bootstrap(resamples).r2(losses, losses.cells)
+            found = Drawn(1 - missed.value, 1 - missed.resamples, missed.groups).interval()
             row = {"arm": arm, "layer": int(layer), "last": int(layer) == last_layer, "cells": len(losses.cells)}
-            rows.append(row | {"seeds": losses.seeds} | _three("retrieval", found))
+            rows.append(row | {"seeds": losses.seeds} | interval_columns("retrieval", found))
     return pd.DataFrame(rows)
-
-
-def _three(name: str, found: Estimate | None) -> dict[str, float]:
-    if found is None:
-        return {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan}
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
