@@ -12,8 +12,11 @@ import pytest
 from lrmil.errors import CohortError, ConfigError, HeadError
 from lrmil.evaluation.overlay import AttentionMap
 from lrmil.pipeline import heatmaps as room
+from lrmil.pipeline.attention import StoredModels
+from lrmil.pipeline.cohort import settings_cohort
 from lrmil.pipeline.compare import compare
 from lrmil.pipeline.config import RunSettings
+from lrmil.pipeline.context import Run
 from lrmil.pipeline.heads import load_outputs
 from lrmil.pipeline.heatmaps import heatmaps
 from lrmil.pipeline.reporting import Reporter
@@ -148,5 +151,20 @@ def test_a_slide_that_failed_says_why(compared: RunSettings, finished: Any) -> N
     try:
         with pytest.raises(ConfigError, match="failed: there is no tissue"):
             heatmaps(compared, [slide], quiet())
+        assert not stored_models(compared).shows(slide)
+        assert stored_models(compared).shows(a_tested_slide(finished, "1"))
     finally:
         path.unlink()
+
+
+def test_a_slide_that_no_fold_tests_has_no_map(compared: RunSettings, finished: Any) -> None:
+    models, slide = stored_models(compared), a_tested_slide(finished, "0")
+    assert models.shows(slide)
+    models._folds = [split for split in models._folds if slide not in split.test]
+    assert not models.shows(slide)
+    with pytest.raises(ConfigError, match="no fold tests"):
+        models.entry(slide)
+
+
+def stored_models(settings: RunSettings) -> StoredModels:
+    return StoredModels(Run.of(settings, settings_cohort(settings), quiet()))

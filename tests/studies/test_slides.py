@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -15,6 +17,9 @@ from lrmil.errors import ConfigError
 from lrmil.pipeline.config import RunSettings
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.variants import recipes_plan
+from lrmil.slides import write_pyramid
+from lrmil.studies import slides
+from lrmil.studies.on_slides import prepared_run
 from lrmil.studies.slides import load_slide_study, run_slide_study
 
 CONFIG = """
@@ -92,6 +97,36 @@ def test_a_study_of_slides_publishes_its_parts_and_resumes(tmp_path: Path, tiny_
     again = run_slide_study(settings, quiet(), publish=tmp_path / "docs")
     assert again == written
     assert {path: path.stat().st_mtime_ns for path in models} == models, "nothing is trained twice"
+
+
+def test_localisation_goes_on_without_a_slide_that_failed(
+    tmp_path: Path, tiny_card: EncoderCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(tiny_card, build_trunk(tiny_card), input_px=32, embedding="cls", weights_source="drawn at random")
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG.format(encoder=save_encoder(encoder, tmp_path / "encoder")))
+    settings = load_slide_study(config, ["parts=[localisation]", "run.evaluation.bootstrap=130"])
+    table = pd.read_csv(prepared_run(settings, quiet()).cohort.table)
+    positive = table[table["label"] == "positive"]
+    broken = positive.iloc[0]
+    glass = np.full((768, 768, 3), 243, np.uint8)
+    write_pyramid(tmp_path / "out" / "tiny" / "cohort" / str(broken["path"]), glass, 0.5)
+    asked: list[int] = []
+    real = slides.summarise
+
+    def watched(*args: Any, resamples: int, **kwargs: Any) -> pd.DataFrame:
+        asked.append(resamples)
+        return real(*args, resamples=resamples, **kwargs)
+
+    monkeypatch.setattr(slides, "summarise", watched)
+    told = io.StringIO()
+    run_slide_study(settings, Reporter(stream=told), publish=tmp_path / "docs")
+    assert asked == [130], "as many resamples as everywhere in the run"
+    assert f"leaves out 1 of {len(table)} slides" in told.getvalue()
+    found = pd.read_csv(tmp_path / "docs" / "tiny_localisation_slides.csv")
+    assert 0 < found["slide_id"].nunique() < len(positive)
+    assert broken["slide_id"] not in set(found["slide_id"])
 
 
 def test_other_ways_of_splitting_train_anew_and_leave_the_run_alone(tmp_path: Path, tiny_card: EncoderCard) -> None:

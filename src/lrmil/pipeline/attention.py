@@ -67,6 +67,10 @@ class StoredModels:
         self.tested_by(slide_id)
         return self.run.entry(slide_id)
 
+    def shows(self, slide_id: str) -> bool:
+        """True if `entry` finds a slide: it has not failed, and a fold tests it."""
+        return slide_id not in self._failed and any(slide_id in split.test for split in self._folds)
+
     def tested_by(self, slide_id: str) -> Split:
         """Return the fold that tests a slide; the first, if there are several."""
         for split in self._folds:

@@ -40,6 +40,8 @@ _MEASURES = ("auc", "top_share")
 def locate(run: Run, truth: Path, reporter: Reporter, methods: Sequence[str] = SHOWN) -> pd.DataFrame:
     """Ask every model where it looks on every slide that has positive and other regions; score that.
 
+    Slides that failed, or that no fold tests, are left out; the reporter is told how many.
+
     Args:
         run: finished.
         truth: folder of SLIDE_ID.geojson with areas named "positive".
@@ -56,15 +58,20 @@ def locate(run: Run, truth: Path, reporter: Reporter, methods: Sequence[str] = S
     """
     models, chosen = StoredModels(run), methods_shown(methods, run.settings.cohort.kind)
     rows: list[dict[str, Any]] = []
-    slides = [slide for slide in run.cohort.labelled()["slide_id"] if (truth / f"{slide}.geojson").is_file()]
+    known = [slide for slide in run.cohort.labelled()["slide_id"] if (truth / f"{slide}.geojson").is_file()]
+    slides = [slide for slide in known if models.shows(slide)]
+    if len(slides) < len(known):
+        reporter.line(
+            f"Localisation leaves out {len(known) - len(slides)} of {len(known)} slides: they failed, or no fold "
+            "tests them."
+        )
     with reporter.task("Localisation", len(slides)) as progress:
         for slide_id in slides:
             progress.advance(note=slide_id)
             areas = read_areas(truth / f"{slide_id}.geojson")
             if not areas:
                 continue
-            entry = models.entry(slide_id)
-            split = models.tested_by(slide_id)
+            entry, split = models.entry(slide_id), models.tested_by(slide_id)
             with entry.open() as slide:
                 size_px, mpp = slide.dimensions, slide.mpp
             maps = {method.name: models.attention(entry, split, method) for method in chosen}
@@ -139,7 +146,7 @@ def found_by(attention: FloatArray, positive: npt.NDArray[np.bool_]) -> dict[str
 
 
 def summarise(
-    found: pd.DataFrame, titles: Mapping[str, str], *, baseline: str, seed: int = 0, resamples: int = 2000
+    found: pd.DataFrame, titles: Mapping[str, str], *, baseline: str, resamples: int, seed: int = 0
 ) -> pd.DataFrame:
     """Average over slides, with 95 % intervals that resample patients, and paired differences from `baseline`.
 

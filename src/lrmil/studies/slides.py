@@ -124,7 +124,7 @@ def _localise(run: RunSettings, truth: Path, folder: Path, name: str, reporter: 
     titles = {method.name: method.title for method in methods_shown(SHOWN, run.cohort.kind)}
     if EPITHELIUM in set(found["method"]):
         titles = {EPITHELIUM: "no model: true number of epithelial nuclei", **titles}
-    summary = summarise(found, titles, baseline="lr_only", seed=run.seed)
+    summary = summarise(found, titles, baseline="lr_only", resamples=run.evaluation.bootstrap, seed=run.seed)
     paths = [folder / f"{name}_localisation{end}" for end in ("_slides.csv", ".csv", ".md")]
     for path, frame in zip(paths[:2], (found, summary), strict=True):
         write_table(path, frame)
