@@ -116,6 +116,19 @@ def test_an_interval_without_its_value_is_marked() -> None:
     assert "0.16 [0.02, 0.12] † |" in lines[3]
 
 
+def test_an_interval_that_is_undefined_is_no_interval_astray() -> None:
+    row = {"cohort": "c", "slides": 9, "task": "t", "metric": "pearson"}
+    row |= {f"{m}{e}": 0.5 for m in ("hr", "lr", "gap") for e in ("", "_low", "_high")}
+    row |= {"hr_low": np.nan, "hr_high": np.nan}
+    row |= {f"gap{e}": np.nan for e in ("", "_low", "_high")}
+    frame = pd.DataFrame([row])
+    text = to_markdown(frame)
+    assert "†" not in text
+    assert "nan" not in text
+    assert "| 0.50, no interval | 0.50 [0.50, 0.50] | undefined |" in text
+    assert len(figure(frame, "title").axes[0].get_yticklabels()) == 1
+
+
 def test_the_committed_config_is_valid(tmp_path: Path) -> None:
     settings = load_gaps(EVIDENCE / "tissue-gaps.yaml", [f"crchisto={tmp_path}"])
     assert settings.crchisto == str(tmp_path)

@@ -7,6 +7,7 @@ study of distillation can mean anything.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,7 +99,7 @@ def run_gaps(settings: GapSettings, reporter: Reporter, *, publish: Path | None 
             )
             where = compare(prepared_run(own, reporter), reporter).folder.comparison
             rows.append({"cohort": title, "task": task} | _gap(where, kind))
-            reporter.line(f"  {task}: 20x - 5x {bracketed(rows[-1], 'gap', '+.2f')}")
+            reporter.line(f"  {task}: 20x - 5x {_told(rows[-1], 'gap', '+.2f')}")
     return _write(pd.DataFrame(rows), settings, out.name, out / "report" if publish is None else publish)
 
 
@@ -109,14 +110,14 @@ def to_markdown(frame: pd.DataFrame) -> str:
         "|---|---:|---|---|---:|---:|---:|",
     ]
     for row in frame.to_dict("records"):
-        gap = bracketed(row, "gap", "+.2f")
+        gap = _told(row, "gap", "+.2f")
         cells = [
             row["cohort"],
             str(row["slides"]),
             row["task"],
             metric(row["metric"]).title,
-            bracketed(row, "hr", ".2f") + _mark(row, "hr"),
-            bracketed(row, "lr", ".2f") + _mark(row, "lr"),
+            _told(row, "hr", ".2f") + _mark(row, "hr"),
+            _told(row, "lr", ".2f") + _mark(row, "lr"),
             (f"**{gap}**" if row["gap_low"] > 0 else gap) + _mark(row, "gap"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -125,8 +126,20 @@ def to_markdown(frame: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _told(row: Mapping[Any, Any], name: str, form: str) -> str:
+    if not _has_interval(row, name):
+        return f"{row[name]:{form}}, no interval" if math.isfinite(row[name]) else "undefined"
+    return bracketed(row, name, form)
+
+
 def _mark(row: Mapping[Any, Any], name: str) -> str:
-    return "" if row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] else f" {_ASTRAY}"
+    astray = _has_interval(row, name) and not row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
+    return f" {_ASTRAY}" if astray else ""
+
+
+def _has_interval(row: Mapping[Any, Any], name: str) -> bool:
+    """False where a metric is undefined, or where there is nothing to resample."""
+    return all(math.isfinite(row[f"{name}{end}"]) for end in ("", "_low", "_high"))
 
 
 def figure(frame: pd.DataFrame, title: str) -> Figure:
