@@ -119,8 +119,8 @@ def controls(
 ) -> None:
     """Negative controls of stage 2: a teacher of shuffled labels, and all weights 0, beside the unbroken run.
 
-    On a simulated cohort, which it makes. Resumes; each fold and seed is done once. Writes results.csv, cells.csv,
-    table.md and summary.json.
+    On a simulated or assembled cohort, which it makes. Resumes; each fold and seed is done once. Writes results.csv,
+    cells.csv, table.md and summary.json.
     """
     from lrmil.studies.slide_controls import load_slide_controls, run_slide_controls
 
@@ -147,8 +147,9 @@ def slides(config: Config, overrides: Override = None, publish: Publish = None, 
 def screen(config: Config, overrides: Override = None, publish: Publish = None, quiet: Quiet = False) -> None:
     """Which recipe: one setting changed at a time, judged on validation slides alone.
 
-    On a simulated cohort that nothing else uses, which it makes. The config names the factors, and what each value
-    changes in the run's config. Resumes. Writes a table of validation scores with paired intervals, and a figure.
+    On a simulated or assembled cohort that nothing else uses, which it makes. The config names the factors, and what
+    each value changes in the run's config. Resumes. Writes a table of validation scores with paired intervals, and a
+    figure.
     """
     from lrmil.studies.screen import load_screen, run_screen
 

@@ -111,7 +111,7 @@ def selective_job(
 
 
 def stored_selective_head(run: Run, split: Split, method: str) -> MultiScaleHead:
-    """Return the head that `selective_outputs` left for a fold; eval mode, on the run's device."""
+    """Return the head that a `ChoiceJob` left for a fold; eval mode, on the run's device."""
     head: Any = stored_head(run.folder.fold(split.name) / "heads" / method)
     assert isinstance(head, MultiScaleHead)
     return head.to(run.device)

@@ -1,4 +1,4 @@
-"""What `lrmil ablate` and `lrmil sensitivity` change, one thing at a time, as plain data.
+"""What `lrmil ablate`, `lrmil sensitivity`, screens and comparisons of recipes change in a config, as plain data.
 
 A variant is a row of a table: a name, and the settings in which it differs from the config. The config itself is one
 of the rows, and what all others are compared with.

@@ -54,7 +54,7 @@ def load_screen(path: Path, overrides: Sequence[str] | None = None) -> ScreenSet
 
 
 def run_screen(settings: ScreenSettings, reporter: Reporter, *, publish: Path | None = None) -> list[Path]:
-    """Simulate, encode, then train every recipe on every fold; resumes. Return what was published.
+    """Make the cohort, encode, then train every recipe on every fold; resumes. Return what was published.
 
     Args:
         settings: of the screen.

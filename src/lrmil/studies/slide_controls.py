@@ -1,4 +1,4 @@
-"""Negative controls of stage 2, on a simulated cohort: a teacher that learned nothing, and losses of weight 0.
+"""Negative controls of stage 2 on simulated or assembled slides: a teacher that learned nothing, losses of weight 0.
 
 Four students on the same 5x features of the same stage-1 encoders, for every fold and seed of the heads:
 
@@ -83,7 +83,7 @@ class FoldBags:
 def run_slide_controls(
     settings: SlideControlSettings, reporter: Reporter, *, publish: Path | None = None, train: bool = True
 ) -> list[Path]:
-    """Simulate, encode, distil, then train every arm; resumes. `train` and `publish` as in `run_probe`."""
+    """Make the cohort, encode, distil, then train every arm; resumes. `train` and `publish` as in `run_probe`."""
     out, run = settings.folder, prepared_run(settings, reporter)
     reporter.line(f"{settings.title}:")
     done = control_cells(run, settings.made_of, settings.seeds, out / "cells", reporter, train=train)
