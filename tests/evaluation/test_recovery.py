@@ -4,27 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.evaluation.conftest import answers
 
 from lrmil.errors import ConfigError
-from lrmil.evaluation import Interval, Predictions, Values, bootstrap, paired_bootstrap, recovered_share
+from lrmil.evaluation import Interval, Values, bootstrap, paired_bootstrap, recovered_share
 from lrmil.evaluation.recovery import share_of_gap
-
-
-def answers(noise: float, seed: int, patients: int = 120, offset: int = 0) -> Predictions:
-    """Binary answers in three folds; the less noise, the better."""
-    rng = np.random.default_rng(seed)
-    labels = np.arange(patients) % 2
-    score = 1 / (1 + np.exp(-(labels * 2.0 - 1 + rng.normal(0, noise, patients))))
-    ids = [f"p{i + offset}" for i in range(patients)]
-    return Predictions.of(
-        slide_ids=ids,
-        patient_ids=ids,
-        labels=labels,
-        probabilities=np.stack([1 - score, score], axis=1),
-        class_names=("a", "b"),
-        folds=np.arange(patients) // 2 % 3,
-        seeds=np.zeros(patients, int),
-    )
 
 
 def numbers(error: float, seed: int, patients: int = 90) -> Values:

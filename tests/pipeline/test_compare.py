@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from tests.evaluation.conftest import answers
 
 from lrmil.errors import ConfigError, HeadError
+from lrmil.evaluation import bootstrap
 from lrmil.evaluation.predictions import Predictions
-from lrmil.pipeline.compare import compare
+from lrmil.pipeline.compare import _recovered, _recovery_lines, compare
 from lrmil.pipeline.config import PAPER_METHODS, RunSettings, load_config, save_config
 from lrmil.pipeline.methods import METHODS, for_features, for_task, methods_named
 from lrmil.pipeline.reporting import Reporter
@@ -77,13 +80,38 @@ def test_what_is_recovered_is_asked_of_every_20x_method(compared: Path) -> None:
     found = pd.read_csv(compared / "compare" / "recovery.csv").set_index("method")
     assert list(found.index) == ["Mean-P", "ABMIL"]
     auc = pd.read_csv(compared / "compare" / "results.csv").set_index("method")["auc"]
-    for method, row in found.iterrows():
-        gap = auc[method] - auc["LR without distillation"]
-        assert row["gap"] == pytest.approx(gap)
-        if row["gap_low"] > 0:
-            assert row["recovered"] == pytest.approx((auc["LRMIL"] - auc["LR without distillation"]) / gap)
-        else:
-            assert np.isnan(row["recovered"])
+    assert found["gap"].to_dict() == pytest.approx(
+        {method: auc[method] - auc["LR without distillation"] for method in found.index}
+    )
+
+
+def test_what_is_recovered_is_the_share_of_a_gap_that_is_sure() -> None:
+    said = {
+        "ABMIL": answers(0.3, 1),
+        "Mean-P": answers(20.0, 4),
+        "ZOOMMIL": answers(0.3, 5),
+        "LR without distillation": answers(20.0, 3),
+        "LRMIL": answers(1.5, 2),
+    }
+    settings = RunSettings.model_validate({"cohort": {"table": "cohort.csv"}, "out": "run"})
+    methods = methods_named(["abmil", "mean_pool", "zoommil", "lr_only", "lrmil"])
+    comparison: Any = SimpleNamespace(predictions=said)
+    found = _recovered(comparison, methods, settings).set_index("method")
+    assert list(found.index) == ["Mean-P", "ABMIL"], "what chooses its patches is no 20x method"
+    auc = {name: bootstrap(one, "auc", seed=0, resamples=100).value for name, one in said.items()}
+    sure, none = found.loc["ABMIL"], found.loc["Mean-P"]
+    lower = auc["LR without distillation"]
+    assert sure["gap"] == pytest.approx(auc["ABMIL"] - lower)
+    assert sure["recovered"] == pytest.approx((auc["LRMIL"] - lower) / (auc["ABMIL"] - lower))
+    assert 0 < sure["recovered_low"] < sure["recovered"] < sure["recovered_high"] < 1.2
+    assert sure["patients"] == 120
+    assert none["gap_low"] < 0 < none["gap_high"]
+    assert none[["recovered", "recovered_low", "recovered_high"]].isna().all()
+    (line,) = _recovery_lines(found.reset_index())
+    assert line.startswith("Of what ABMIL has more")
+    assert f"recovers {100 * sure['recovered']:.0f} % [" in line
+    said.pop("LRMIL")
+    assert _recovered(comparison, methods, settings).empty
 
 
 def test_a_second_comparison_trains_only_what_was_added(
