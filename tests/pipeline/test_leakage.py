@@ -27,7 +27,8 @@ class NamedTargets(distill.CachedTargets):
 class NamedRegions(distill.CohortRegions):
     """Regions that know their slides."""
 
-    def __init__(self, slides: Any, split: str) -> None:
+    def __init__(self, slides: Any, split: str, *, foreign_seed: int | None) -> None:
+        assert foreign_seed is None, "children of other slides are for a negative control alone"
         super().__init__(slides, split)
         self.slides = [targets.slide for _, targets in slides]
         self.pixels = {targets.slide: pixels for pixels, targets in slides}
