@@ -49,6 +49,8 @@ format: setup
 # Each study resumes where it was, and repeats nothing that is finished.
 evidence: setup
 	@for v in 100 050 000; do $(STUDY) probe evidence/visibility-$$v.yaml $(PUBLISH) || exit 1; done
+	$(STUDY) look evidence/visibility-000.yaml evidence/visibility-050.yaml evidence/visibility-100.yaml --count 6 \
+		--out docs/evidence/look
 	$(STUDY) ceiling evidence/ceiling.yaml $(PUBLISH)
 	$(STUDY) curve docs/evidence/visibility-*_summary.json --recipe quick --embedding cls \
 		--ceiling docs/evidence/ceiling.csv --out docs/evidence/recovery

@@ -174,13 +174,18 @@ def test_paths_of_the_run_count_from_the_config_too(
     encoder = Encoder(tiny_card, build_trunk(tiny_card), input_px=32, embedding="cls", weights_source="drawn at random")
     save_encoder(encoder, tmp_path / "study" / "encoder")
     config = tmp_path / "study" / "s.yaml"
-    config.write_text("simulated: {}\nrun: {encoder: {name: encoder}, folds: {clam_splits: splits}}\n")
+    config.write_text(
+        "simulated: {}\nrun: {encoder: {name: encoder}, folds: {clam_splits: splits}, "
+        "stage1: {student: {name: encoder, weights: w.safetensors}}}\n"
+    )
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     run = load_slide_study(config).run
     assert run["encoder"]["name"] == str(tmp_path / "study" / "encoder")
     assert run["folds"]["clam_splits"] == str(tmp_path / "study" / "splits")
+    assert run["stage1"]["student"]["name"] == run["encoder"]["name"]
+    assert run["stage1"]["student"]["weights"] == str(tmp_path / "study" / "w.safetensors")
     run = load_slide_study(config, ["run.encoder={name: lrmil-small, weights: w.safetensors}"]).run
     assert run["encoder"] == {"name": "lrmil-small", "weights": str(elsewhere / "w.safetensors")}
 

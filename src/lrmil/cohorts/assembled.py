@@ -17,7 +17,6 @@ placed so that it is itself positive wherever such a place is found, else where 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -172,8 +171,7 @@ def assemble_cohort(
 
 def _print(image: SourceImage) -> str:
     """Identify pixels and nuclei of a field."""
-    nuclei = hashlib.sha256(b"".join(a.tobytes() for a in (image.x_px, image.y_px, image.kind))).hexdigest()
-    return fingerprint(sha256(image.path), nuclei)
+    return fingerprint(sha256(image.path), *(own.tolist() for own in (image.x_px, image.y_px, image.kind)))
 
 
 def _rule(task: str, settings: AssembledSettings) -> tuple[str, int]:

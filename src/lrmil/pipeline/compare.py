@@ -72,8 +72,6 @@ def compare(settings: RunSettings, reporter: Reporter) -> Outcome:
     found: dict[str, list[Scored]] = {}
     thresholds: dict[str, dict[tuple[int, int], float]] = {}
     censoring: dict[str, dict[tuple[int, int], dict[str, float]]] = {}
-    # Of the first seed there are heads to time; the config's own seed need not be among those compared.
-    timed: AnyStudy | None = None
     for each in under_each_seed(study):
         answered = _predictions(each, methods)
         for method, predictions in answered.all().items():
@@ -82,8 +80,8 @@ def compare(settings: RunSettings, reporter: Reporter) -> Outcome:
             thresholds.setdefault(method, {}).update(limits)
         for method, cells in answered.censoring.items():
             censoring.setdefault(method, {}).update(cells)
-        timed = timed or each
-    costs = _measure(timed, methods) if isinstance(timed, Study) else {}
+    # Of the first seed there are heads to time; the config's own seed need not be among those compared.
+    costs = _measure(next(under_each_seed(study)), methods) if isinstance(study, Study) else {}
     comparison = compare_report(
         {title: concatenate(parts) for title, parts in found.items()},
         reference=reference.title,

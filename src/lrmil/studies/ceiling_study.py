@@ -23,13 +23,14 @@ from pydantic import Field as Setting
 
 from lrmil.encoders import Encoder, embed
 from lrmil.errors import ConfigError
-from lrmil.files import read_json, write_json, write_text
+from lrmil.files import write_json, write_text
 from lrmil.pipeline.reporting import Reporter, without_python_warnings
 from lrmil.settings import Settings, fingerprint
 from lrmil.studies.ceiling import ceiling_answers, train_ceiling
 from lrmil.studies.configs import load_config
 from lrmil.studies.fields import Field, FloatArray, load_fields
 from lrmil.studies.figures import target_title
+from lrmil.studies.kept import kept
 from lrmil.studies.markdown import bracketed
 from lrmil.studies.probe import build_encoder
 from lrmil.studies.ridge import ridge_probe
@@ -149,7 +150,7 @@ def _study(
         (count, way): fingerprint(_METHOD, own[way], drawn, asked, encoder.describe(), count)
         for count, way in product(settings.regions, WAYS)
     }
-    waiting = [cell for cell, key in keys.items() if _stored(folder, cell, key) is None]
+    waiting = [cell for cell, key in keys.items() if kept(_path(folder, cell), key) is None]
     if waiting:
         test, (pool, val) = _asked(probe, folder), _learned(settings, probe, folder)
     for count, way in waiting:
@@ -163,7 +164,7 @@ def _study(
         write_json(_path(folder, (count, way)), {"key": keys[count, way]} | told)
     rows = []
     for (count, way), key in keys.items():
-        found = _stored(folder, (count, way), key)
+        found = kept(_path(folder, (count, way)), key)
         assert found is not None  # done above
         results = results_table(_frame(found, probe.targets), probe.targets, settings.resamples)
         about = {"study": name, "visibility": simulated.nuclei.visibility, "regions": count, "way": way}
@@ -175,13 +176,6 @@ def _study(
 
 def _path(folder: Path, cell: tuple[int, str]) -> Path:
     return folder / f"{cell[1]}_{cell[0]}.json"
-
-
-def _stored(folder: Path, cell: tuple[int, str], key: str) -> dict[str, Any] | None:
-    """What a finished number of regions and way found, None where it is not done with these settings."""
-    path = _path(folder, cell)
-    found: dict[str, Any] | None = read_json(path) if path.is_file() else None
-    return found if found is not None and found.get("key") == key else None
 
 
 def _by_ridge(encoder: Encoder, train: TrueRegions, test: TrueRegions, probe: ProbeSettings) -> FloatArray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -44,17 +44,23 @@ def _read(path: Path) -> dict[str, object]:
     return raw
 
 
-def _anchor(raw: dict[str, object], base: Path) -> None:
+def _anchor(raw: dict[str, Any], base: Path) -> None:
     """Make paths absolute, once."""
-    run = raw.get("run")
-    places = [(raw, "out"), (raw, "crchisto"), (raw.get("fields"), "crchisto"), (raw.get("encoder"), "weights")]
-    if isinstance(run, dict):
-        places += [(run.get("encoder"), "weights"), (run.get("folds"), "clam_splits")]
+    run = _section(raw, "run")
+    encoders = [_section(raw, "encoder"), _section(run, "encoder"), _section(_section(run, "stage1"), "student")]
+    places = [(raw, "out"), (raw, "crchisto"), (_section(raw, "fields"), "crchisto")]
+    places += [(_section(run, "folds"), "clam_splits"), *((encoder, "weights") for encoder in encoders)]
     for section, name in places:
-        if isinstance(section, dict) and isinstance(section.get(name), str):
-            section[name] = str(base / Path(section[name]).expanduser())
-    for section in (raw.get("encoder"), run.get("encoder") if isinstance(run, dict) else None):
+        if isinstance(path := section.get(name), str):
+            section[name] = str(base / Path(path).expanduser())
+    for encoder in encoders:
         # An encoder is named by what it is, or by the folder that it was saved in.
-        if isinstance(section, dict) and isinstance(section.get("name"), str):
-            folder = base / Path(section["name"]).expanduser()
-            section["name"] = str(folder) if is_saved_encoder(folder) else section["name"]
+        called = encoder.get("name")
+        if isinstance(called, str) and is_saved_encoder(folder := base / Path(called).expanduser()):
+            encoder["name"] = str(folder)
+
+
+def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a section, or an empty one; what is no section is told of when the tree is validated."""
+    found = tree.get(name)
+    return found if isinstance(found, dict) else {}

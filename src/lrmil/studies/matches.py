@@ -76,8 +76,8 @@ def slot_retrieval(student: npt.NDArray[np.floating], teacher: npt.NDArray[np.fl
     """How often a block's nearest child, among those of its region, is the child that truly lies there: (n,) shares.
 
     Nearest by cosine, after each side's mean over the region is taken away: what all children of a region share says
-    nothing about which is which. Chance is 1 / K. A student trained with transposed slots finds its own child on the
-    diagonal only, ratio of K slots.
+    nothing about which is which. Chance is 1 / K. A student that learned transposed slots perfectly would find its own
+    child on the diagonal only, ratio of K slots; one that learned them in part finds fewer there, and some elsewhere.
 
     Args:
         student: (n, K, W) block means of tokens.

@@ -22,7 +22,7 @@ from pydantic import Field
 from lrmil.bags import Bag
 from lrmil.errors import ConfigError
 from lrmil.evaluation import Predictions, bootstrap, interval_columns, paired_bootstrap
-from lrmil.files import read_json, write_json, write_text
+from lrmil.files import write_json, write_text
 from lrmil.pipeline.config import RunSettings, decisive_settings
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.heads import slide_bag
@@ -31,6 +31,7 @@ from lrmil.pipeline.student import rows_of_children
 from lrmil.pipeline.study import Study
 from lrmil.settings import Settings, fingerprint
 from lrmil.studies.configs import load_config
+from lrmil.studies.kept import kept
 from lrmil.studies.markdown import bracketed
 from lrmil.studies.on_slides import OnSlides, prepared_run
 from lrmil.studies.tables import write_table
@@ -126,7 +127,7 @@ def control_cells(
         )
     key = controls_key(run, made_of)
     cells = [(seed, fold) for seed in seeds for fold in range(run.folds.num_folds)]
-    waiting = [cell for cell in cells if _stored(folder, cell, key) is None] if train else []
+    waiting = [cell for cell in cells if kept(_path(folder, cell), key) is None] if train else []
     reporter.line(f"  {len(cells)} cells of controls, {len(waiting)} to do")
     if waiting:
         study = Study.begin(run, reporter)
@@ -137,7 +138,7 @@ def control_cells(
             found = do_cell(study.run, FoldBags(split, study.student_bags(split), study.hr_bags), seed)
             write_json(_path(folder, (seed, fold)), found | {"key": key, "seed": seed, "fold": fold})
             reporter.line(f"  seed {seed}, fold {fold} done")
-    return [found for found in (_stored(folder, cell, key) for cell in cells) if found is not None]
+    return [found for found in (kept(_path(folder, cell), key) for cell in cells) if found is not None]
 
 
 def controls_key(run: RunSettings, made_of: Settings) -> str:
@@ -254,9 +255,3 @@ def _predictions(done: Sequence[Mapping[str, Any]], arm: str) -> Predictions:
 
 def _path(folder: Path, cell: tuple[int, int]) -> Path:
     return folder / f"seed{cell[0]}_fold{cell[1]}.json"
-
-
-def _stored(folder: Path, cell: tuple[int, int], key: str) -> dict[str, Any] | None:
-    path = _path(folder, cell)
-    found: dict[str, Any] | None = read_json(path) if path.is_file() else None
-    return found if found is not None and found.get("key") == key else None
