@@ -21,12 +21,13 @@ import numpy.typing as npt
 from lrmil.distill import resolve_layers
 from lrmil.encoders import Encoder, create_encoder, embed
 from lrmil.errors import ConfigError
-from lrmil.files import read_json, remove_leftovers, write_json
+from lrmil.files import remove_leftovers, write_json
 from lrmil.pipeline.reporting import Reporter, without_python_warnings
 from lrmil.settings import fingerprint
 from lrmil.studies.arms import CEILING, REFERENCE
 from lrmil.studies.ceiling import ceiling_answers, train_ceiling
 from lrmil.studies.fields import Field, FloatArray, load_fields
+from lrmil.studies.kept import kept
 from lrmil.studies.matches import MatchedViews, slot_retrieval, student_blocks
 from lrmil.studies.ridge import ridge_probe
 from lrmil.studies.settings import EMBEDDINGS, CeilingSettings, ProbeSettings, Stage1Recipe
@@ -120,11 +121,7 @@ class ProbeStudy:
 
     def stored(self, cell: Cell) -> dict[str, Any] | None:
         """Return what a finished cell found, None where it is not done with these settings."""
-        path = self.folder / "cells" / cell.path
-        if not path.is_file():
-            return None
-        found = read_json(path)
-        return found if found.get("key") == self._key(cell) else None
+        return kept(self.folder / "cells" / cell.path, self._key(cell))
 
     def do(self, cell: Cell) -> dict[str, Any]:
         """Do one cell and write it down."""
