@@ -38,7 +38,7 @@ def test_the_folder_holds_what_others_rely_on(finished: Any) -> None:
         held = {p.name for p in (finished.out / "folds" / "1" / step).iterdir()}
         assert held == {"done.json", "head.json", "head.safetensors", "history.json", "outputs.npz"}
     held = {p.name for p in (finished.out / "folds" / "1" / "stage1").iterdir()}
-    assert held == {"done.json", "encoder.json", "encoder.safetensors", "history.json"}
+    assert held == {"done.json", "encoder.json", "encoder.safetensors", "history.json", "spreads.json"}
     assert not list(finished.out.rglob("*.tmp*")), "a file that was never renamed"
 
 

@@ -55,6 +55,7 @@ def keys(run: Run, split: Split | None = None) -> dict[str, Any]:
         ({"encoder": {"student_embedding": None}}, {"stage 1", "results"}),
         ({"stage1": {"epochs": 2}}, {"stage 1", "results"}),
         ({"stage1": {"children": "own"}}, set()),
+        ({"stage1": {"restore_spread": True}}, {"results"}),
         ({"stage1": {"children": "foreign"}}, {"stage 1", "results"}),
         ({"stage1": {"loss": {"layers": [0, 1]}}}, {"stage 1", "results"}),
         ({"stage1": {"loss": {"lambda_attention_feature": 1.0}}}, {"stage 1", "results"}),

@@ -37,7 +37,7 @@ from lrmil.geometry import GridSettings, check_token_grid, resolve_scale
 from lrmil.pipeline.checks import require_fitting_parts
 from lrmil.pipeline.config import RunSettings
 from lrmil.pipeline.context import Split
-from lrmil.pipeline.distill import stored_student
+from lrmil.pipeline.distill import features_folder, stored_student
 from lrmil.pipeline.evaluate import LR_ONLY, TEACHER, TestPredictions, terminal_lines
 from lrmil.pipeline.heads import Outputs, stored_head
 from lrmil.pipeline.keys import results_key
@@ -231,10 +231,10 @@ def _student(own: Study, changed: Study, variant: Variant, split: Split, bags: M
     if "patch" not in variant.terms:
         # Without L_patch there is no stage 1: the student looks at 5x with the frozen encoder's eyes.
         return changed.student(split, own.frozen_lr_bags, own.frozen_lr_encoder)
-    if changed is not own and changed.run.stage1_folder is None:
-        changed.distil(split)
-        return changed.student(split)
-    return changed.student(split, bags)
+    if features_folder(changed.run, split) == features_folder(own.run, split):
+        return changed.student(split, bags)
+    changed.distil(split)
+    return changed.student(split)
 
 
 def _possible(study: Study, plan: Plan) -> Plan:

@@ -1,4 +1,8 @@
-"""Stage "distill" (1): for each fold, a fresh student encoder learns from that fold's training patients alone."""
+"""Stage "distill" (1): for each fold, a fresh student encoder learns from that fold's training patients alone.
+
+What is on disk is the encoder as training leaves it. Where the config wants its spread restored, that is done whenever
+it is read, by moments measured once: with and without are two views of one training, each with features of its own.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,8 @@ import numpy.typing as npt
 from lrmil.bags import bag_is_current, write_bag
 from lrmil.distill import resolve_layers
 from lrmil.encoders import Encoder, load_encoder, save_encoder
-from lrmil.files import write_json
+from lrmil.errors import ConfigError
+from lrmil.files import read_json, write_json
 from lrmil.geometry import MatchedGrid
 from lrmil.pipeline.context import Run, Split
 from lrmil.pipeline.encode import features_name, region_bag
@@ -25,11 +30,14 @@ from lrmil.pipeline.reporting import without_python_warnings
 from lrmil.training.alignment import TeacherShape
 from lrmil.training.loop import FitResult
 from lrmil.training.seeds import derive_seed
-from lrmil.training.spread import embedding_spread, restore_spread
+from lrmil.training.spread import Spread, embedding_spread, restore_spread
 from lrmil.training.stage1 import distil_encoder
 
 SPREAD_SAMPLE = 512
 """training regions on which it is measured how much the embedding varies"""
+
+_SPREADS = "spreads.json"
+_FEATURES = {False: "features", True: "features_restored"}  # by whether the spread is restored
 
 
 def distil_fold(
@@ -51,20 +59,17 @@ def distil_fold(
     key = stage1_key(run, split, teacher)
     if not run.folder.is_done(step, key):
         run.folder.begin(step)
-        # Features of an older student must not outlive it.
-        shutil.rmtree(_home(run, split) / "features", ignore_errors=True)
+        # What was made of an older student must not outlive it.
+        for kept in _FEATURES.values():
+            shutil.rmtree(_home(run, split) / kept, ignore_errors=True)
+        (step / _SPREADS).unlink(missing_ok=True)
         # A new encoder for every fold: one that goes on from another fold has seen this fold's test patients.
         student = run.build_student()
-        sample, precision = _sample(run, split, pixels), run.settings.encoder.precision
-        before = embedding_spread(student.to(run.device), sample, precision)
         fit = _train(run, split, grids, pixels, teacher, student, teacher_outputs)
-        after = embedding_spread(student, sample, precision)
-        run.reporter.line(
-            f"  {split.title}: between regions its embedding varies {after.share_of(before):.2f} x as much as before"
-        )
-        if run.settings.stage1.restore_spread:
-            restore_spread(student, after, before)
         save_encoder(student, step)
+        before, after = _measured_spreads(run, split, pixels)
+        share = after.share_of(before)
+        run.reporter.line(f"  {split.title}: between regions its embedding varies {share:.2f} x as much as before")
         write_json(
             step / "history.json",
             {
@@ -72,18 +77,34 @@ def distil_fold(
                 "best_epoch": fit.best_epoch,
                 "time": fit.time_shares(),
                 "notes": fit.notes,
-                "spread": round(after.share_of(before), 4),
+                "spread": round(share, 4),
             },
         )
         run.folder.mark_done(
             step, key, best_epoch=fit.best_epoch, val_loss=fit.best.loss, seconds=round(fit.seconds, 1)
         )
+    if run.settings.stage1.restore_spread:
+        _measured_spreads(run, split, pixels)
     _encode_fold(run, split, grids, pixels, stored_student(run, split).to(run.device))
 
 
 def stored_student(run: Run, split: Split) -> Encoder:
-    """Return the student encoder that `distil_fold` left for a fold; eval mode, CPU."""
-    return load_encoder(_stage1(run, split))
+    """Return the student encoder that `distil_fold` left for a fold, its spread restored if so wanted; eval mode, CPU.
+
+    Raises:
+        ConfigError: the spread is to be restored, and `distil_fold` has not been told so yet.
+    """
+    student = load_encoder(_stage1(run, split))
+    if run.settings.stage1.restore_spread:
+        path = _stage1(run, split) / _SPREADS
+        if not path.is_file():
+            raise ConfigError(
+                f"{split.title}: the spread of the student encoder's embedding is not restored yet.",
+                fix="Run `lrmil run` first; stage 1 is not trained again for it.",
+            )
+        spreads = read_json(path)
+        restore_spread(student, Spread.of(spreads["after"]), Spread.of(spreads["before"]))
+    return student
 
 
 def distilled_layers(run: Run, encoder: Encoder) -> tuple[int, ...]:
@@ -93,7 +114,12 @@ def distilled_layers(run: Run, encoder: Encoder) -> tuple[int, ...]:
 
 def fold_bag(run: Run, split: Split, slide_id: str) -> Path:
     """Return where the features of a fold's student encoder lie."""
-    return _home(run, split) / "features" / f"{slide_id}.h5"
+    return features_folder(run, split) / f"{slide_id}.h5"
+
+
+def features_folder(run: Run, split: Split) -> Path:
+    """Return the folder of these features. Runs that share it have the same student encoder in this fold."""
+    return _home(run, split) / _FEATURES[run.settings.stage1.restore_spread]
 
 
 def _stage1(run: Run, split: Split) -> Path:
@@ -102,6 +128,19 @@ def _stage1(run: Run, split: Split) -> Path:
 
 def _home(run: Run, split: Split) -> Path:
     return (run.stage1_folder or run.folder).fold(split.name)
+
+
+def _measured_spreads(run: Run, split: Split, pixels: RegionPixels) -> tuple[Spread, Spread]:
+    """Return the moments of the embedding before and after stage 1, measured once and kept beside the encoder."""
+    path = _stage1(run, split) / _SPREADS
+    if not path.is_file():
+        sample, precision = _sample(run, split, pixels), run.settings.encoder.precision
+        # One at a time: several large encoders would not fit a GPU.
+        made = {"before": run.build_student, "after": lambda: load_encoder(_stage1(run, split))}
+        found = {name: embedding_spread(make().to(run.device), sample, precision) for name, make in made.items()}
+        write_json(path, {name: spread.as_lists() for name, spread in found.items()})
+    spreads = read_json(path)
+    return Spread.of(spreads["before"]), Spread.of(spreads["after"])
 
 
 def _sample(run: Run, split: Split, pixels: RegionPixels) -> list[npt.NDArray[np.uint8]]:

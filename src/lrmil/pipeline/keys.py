@@ -46,9 +46,12 @@ def bag_provenance(run: Run, entry: SlideEntry, features: dict[str, Any], mpp: f
 
 
 def stage1_key(run: Run, split: Split, teacher_encoder: Encoder) -> str:
-    """Return what a fold's student encoder depends on. `targets` is left out: both kinds agree up to float16."""
+    """Return what a fold's student encoder depends on, as training leaves it: restoring its spread changes nothing.
+
+    `targets` is left out: both kinds agree up to float16.
+    """
     s = run.settings
-    stage1 = s.stage1.model_dump(mode="json", exclude={"student"})
+    stage1 = s.stage1.model_dump(mode="json", exclude={"student"}) | {"restore_spread": False}
     parts: list[Any] = [features_of(run, teacher_encoder), s.encoder.student_embedding, stage1, s.seed, split.name]
     if s.stage1.student is not None:
         # What it begins as says more than its name, and does not change when a weight file is moved.

@@ -250,6 +250,10 @@ class Study:
 
 
 def _same_stage1(one: RunSettings, other: RunSettings) -> bool:
-    """Whether stage 1 comes out the same; with the released extra loss it depends on the teacher head."""
+    """Whether stage 1 is trained the same, be its spread restored or not.
+
+    With the released extra loss it depends on the teacher head.
+    """
     heads = one.teacher == other.teacher or not one.stage1.loss.lambda_attention_feature
-    return one.stage1 == other.stage1 and one.encoder == other.encoder and heads
+    trained, others = (s.stage1.model_copy(update={"restore_spread": False}) for s in (one, other))
+    return trained == others and one.encoder == other.encoder and heads

@@ -7,8 +7,9 @@ says is not lost (a ridge regression, which standardises, finds it), but a MIL h
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,15 @@ class Spread:
     """(E,)"""
     sd: FloatArray
     """(E,)"""
+
+    @classmethod
+    def of(cls, lists: Mapping[str, Sequence[float]]) -> Self:
+        """Return what `as_lists` told."""
+        return cls(np.asarray(lists["mean"], np.float64), np.asarray(lists["sd"], np.float64))
+
+    def as_lists(self) -> dict[str, list[float]]:
+        """Return both moments as JSON can hold them, exactly."""
+        return {"mean": self.mean.tolist(), "sd": self.sd.tolist()}
 
     def share_of(self, other: Spread) -> float:
         """Return how much this varies for each unit that `other` varies: the ratio of root mean square deviations."""

@@ -66,7 +66,8 @@ class Stage1Settings(LoopSettings):
     restore_spread: bool = Field(
         False,
         description="afterwards, give each dimension of the embedding the mean and spread over training regions that "
-        "it had before; for heads that learn too slowly from a student whose class token has come to vary little",
+        "it had before; for heads that learn too slowly from a student whose class token has come to vary little. Not "
+        "part of training: changed later, no stage 1 is trained again",
     )
 
     # Left out where nothing is broken, so that such runs have the keys and files they would have without this field.
