@@ -15,7 +15,9 @@ from lrmil.encoders import Encoder, EncoderCard, save_encoder
 from lrmil.encoders.vit import build_trunk
 from lrmil.errors import ConfigError
 from lrmil.pipeline.config import RunSettings
+from lrmil.pipeline.folder import RunFolder
 from lrmil.pipeline.reporting import Reporter
+from lrmil.pipeline.run import Outcome
 from lrmil.pipeline.variants import recipes_plan
 from lrmil.slides import write_pyramid
 from lrmil.studies import slides
@@ -97,6 +99,30 @@ def test_a_study_of_slides_publishes_its_parts_and_resumes(tmp_path: Path, tiny_
     again = run_slide_study(settings, quiet(), publish=tmp_path / "docs")
     assert again == written
     assert {path: path.stat().st_mtime_ns for path in models} == models, "nothing is trained twice"
+
+
+@pytest.mark.parametrize(("told", "expected"), [(None, [0, 1]), ([0], [0])])
+def test_recipes_can_have_fewer_seeds_than_the_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[int] | None, expected: list[int]
+) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG.format(encoder="lrmil-small"))
+    own = "null" if told is None else str(told)
+    settings = load_slide_study(config, ["parts=[recipes]", "run.compare.seeds=[0, 1]", f"recipe_seeds={own}"])
+    asked: list[list[int]] = []
+
+    class Ended(Exception):
+        pass
+
+    def recipes(run: RunSettings, reporter: Reporter, changes: Any) -> None:
+        asked.append(run.compare.seeds)
+        raise Ended
+
+    monkeypatch.setattr(slides, "run_all", lambda *args, **kwargs: Outcome(RunFolder(tmp_path / "run"), [], []))
+    monkeypatch.setattr(slides, "compare_recipes", recipes)
+    with pytest.raises(Ended):
+        run_slide_study(settings, quiet())
+    assert asked == [expected]
 
 
 def test_localisation_goes_on_without_a_slide_that_failed(

@@ -55,6 +55,9 @@ class SlideStudySettings(OnSlides):
         description="for the part recipes: heading of each other recipe, and what it changes in stage1, teacher and "
         "student of the run's config, or in encoder.student_embedding",
     )
+    recipe_seeds: tuple[int, ...] | None = Field(
+        None, min_length=1, description="for the part recipes: seeds of all training; null: those of the comparison"
+    )
     parts: tuple[Part, ...] = Field(("ablation", "localisation"), description="what is asked, in this order")
 
     @model_validator(mode="after")
@@ -103,11 +106,19 @@ def _doer(part: Part, settings: SlideStudySettings) -> Callable[[RunSettings, Re
     if part == "ablation":
         return lambda run, reporter: ablate(run, reporter).folder.ablation
     if part == "recipes":
-        return lambda run, reporter: compare_recipes(run, reporter, settings.recipes).folder.recipes
+        seeds = settings.recipe_seeds
+        return lambda run, reporter: compare_recipes(_with_seeds(run, seeds), reporter, settings.recipes).folder.recipes
     if part == "comparison":
         return lambda run, reporter: compare(run, reporter).folder.comparison
     of = cast(Of, part)
     return lambda run, reporter: sensitivity(run, reporter, of).folder.sensitivity / of
+
+
+def _with_seeds(run: RunSettings, seeds: tuple[int, ...] | None) -> RunSettings:
+    """Return the run with other seeds of its comparisons, or as it is."""
+    if seeds is None:
+        return run
+    return run.model_copy(update={"compare": run.compare.model_copy(update={"seeds": list(seeds)})})
 
 
 def _published(where: Path, folder: Path, prefix: str) -> list[Path]:
