@@ -309,7 +309,7 @@ def test_a_table_of_another_config_is_removed_before_the_next_is_made(
     def stopped(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lrmil.pipeline.ablate.compare_report", stopped)
+    monkeypatch.setattr("lrmil.pipeline.said.compare_report", stopped)
     with pytest.raises(KeyboardInterrupt):
         ablate(settings_for(lab, out, student={"loss": {"hard_k": 2}}), quiet())
     assert not (out / "ablation").exists()

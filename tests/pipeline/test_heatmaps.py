@@ -43,7 +43,7 @@ def compared(lab: Any, finished: Any, tmp_path_factory: pytest.TempPathFactory) 
     changes = {"evaluation": {"baselines": ["majority", "lr_only"]}, "compare": {"methods": HEADS, "jobs": 1}}
     settings: RunSettings = lab.settings(out, **changes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lrmil.pipeline.compare.compare_report", stop)
+        patch.setattr("lrmil.pipeline.said.compare_report", stop)
         with pytest.raises(Trained):
             compare(settings, quiet())
     return settings

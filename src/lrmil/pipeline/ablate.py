@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,12 @@ from lrmil.bags import Bag
 from lrmil.errors import CohortError, ConfigError, GridMismatch, LrmilError, SlideTooCoarse
 from lrmil.evaluation import (
     Cost,
-    Scored,
     TextTable,
-    concatenate,
     interval_columns,
     paired_bootstrap,
-    recovered_share,
     write_results,
 )
-from lrmil.evaluation.comparison import Comparison, compare_report
+from lrmil.evaluation.comparison import Comparison
 from lrmil.evaluation.comparison_files import write_comparison
 from lrmil.evaluation.metrics import MAIN, metric
 from lrmil.evaluation.table_formats import to_latex, to_markdown
@@ -43,6 +40,7 @@ from lrmil.pipeline.heads import Outputs, stored_head
 from lrmil.pipeline.keys import results_key
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.run import Outcome, mean_cost
+from lrmil.pipeline.said import Said, recovery_table
 from lrmil.pipeline.seeds import under_each_seed
 from lrmil.pipeline.study import Study
 from lrmil.pipeline.timing import time_answers
@@ -56,29 +54,6 @@ from lrmil.pipeline.variants import (
     sensitivity_plan,
 )
 from lrmil.settings import fingerprint
-
-
-@dataclass
-class Said:
-    """What the variants say about the test slides, and what that costs."""
-
-    predictions: dict[str, list[Scored]] = field(default_factory=dict)
-    """Of each variant, one entry a seed"""
-    thresholds: dict[str, dict[tuple[int, int], float]] = field(default_factory=dict)
-    """Survival: see `TestPredictions`"""
-    censoring: dict[str, dict[tuple[int, int], dict[str, float]]] = field(default_factory=dict)
-    """Survival: see `TestPredictions`"""
-    costs: dict[str, Cost] = field(default_factory=dict)
-    """Where it differs between variants"""
-
-    def add(self, answers: TestPredictions) -> None:
-        """Add what was said under one seed."""
-        for method, predictions in answers.all().items():
-            self.predictions.setdefault(method, []).append(predictions)
-        for method, limits in answers.thresholds.items():
-            self.thresholds.setdefault(method, {}).update(limits)
-        for method, cells in answers.censoring.items():
-            self.censoring.setdefault(method, {}).update(cells)
 
 
 def ablate(settings: RunSettings, reporter: Reporter) -> Outcome:
@@ -172,24 +147,17 @@ def _carry_out(study: Study, plan: Plan, folder: Path) -> Outcome:
     for note in plan.notes:
         reporter.line(f"  {note}")
     titles = [*([TEACHER] if plan.with_teacher else []), *(v.title for v in plan.variants)]
-    comparison = compare_report(
-        {title: concatenate(said.predictions[title]) for title in titles},
-        reference=plan.reference.title,
-        dataset=run.cohort.name,
-        task=s.cohort.task,
-        groups=dict.fromkeys(titles, plan.heading),
-        costs=said.costs,
-        seed=s.evaluation.seed,
-        resamples=s.evaluation.bootstrap,
-        thresholds=said.thresholds,
-        censoring=said.censoring,
+    comparison = said.comparison(
+        run, reference=plan.reference.title, groups=dict.fromkeys(titles, plan.heading), titles=titles
     )
     with reporter.stage("report", f"Writing {folder.name}"):
         write_comparison(comparison, folder)
         _write_more(comparison, plan, folder)
         _write_pairs(comparison, folder, s)
         if plan.with_teacher:
-            _write_recovery(comparison, plan, folder, s)
+            others = [v.title for v in plan.variants if v.title != LR_ONLY]
+            recovered = recovery_table(comparison, s, [(title, title, TEACHER) for title in others])
+            write_results(folder / "recovery.csv", recovered)
     run.folder.mark_done(folder, key)
     reporter.event(f"{plan.name} finished", failures=len(run.failures))
     return Outcome(run.folder, run.failures, _summary(comparison, plan, folder))
@@ -348,17 +316,6 @@ def _write_more(comparison: Comparison, plan: Plan, folder: Path) -> None:
     save_figure(folder / f"figure_{plan.name}.png", figure)
     if plan.name == "ablation":
         _write_table_3(comparison, plan, folder)
-
-
-def _write_recovery(comparison: Comparison, plan: Plan, folder: Path, settings: RunSettings) -> None:
-    """Write recovery.csv: each recipe's share of 20x - 5x."""
-    said, name, own = comparison.predictions, MAIN[settings.cohort.kind], settings.evaluation
-    titles = [v.title for v in plan.variants if v.title != LR_ONLY]
-    rows: list[dict[str, Any]] = []
-    for title in titles:
-        found = recovered_share(said[title], said[TEACHER], said[LR_ONLY], name, seed=own.seed, resamples=own.bootstrap)
-        rows.append({"method": title, "metric": name, "patients": found.gap.patients} | found.columns())
-    write_results(folder / "recovery.csv", pd.DataFrame(rows))
 
 
 def _write_pairs(comparison: Comparison, folder: Path, settings: RunSettings) -> None:

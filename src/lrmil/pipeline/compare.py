@@ -9,16 +9,15 @@ from typing import Any
 import pandas as pd
 
 from lrmil.errors import ConfigError, HeadError
-from lrmil.evaluation import Cost, Scored, concatenate, recovered_share, write_results
-from lrmil.evaluation.comparison import Comparison, compare_report
+from lrmil.evaluation import Cost, write_results
+from lrmil.evaluation.comparison import Comparison
 from lrmil.evaluation.comparison_files import write_comparison
-from lrmil.evaluation.metrics import MAIN
 from lrmil.mil import create_head, head_cards
 from lrmil.pipeline.cohort import brings_features_alone, settings_cohort
 from lrmil.pipeline.config import RunSettings
 from lrmil.pipeline.context import Split
 from lrmil.pipeline.distill import stored_student
-from lrmil.pipeline.evaluate import LR_ONLY, LRMIL, TestPredictions, terminal_lines
+from lrmil.pipeline.evaluate import LRMIL, TestPredictions, terminal_lines
 from lrmil.pipeline.feature_study import FeatureStudy
 from lrmil.pipeline.heads import Outputs, slide_bag, stored_head
 from lrmil.pipeline.jobs import BagJob, HeadJob, do_jobs, job_outputs, workers_for
@@ -26,6 +25,7 @@ from lrmil.pipeline.keys import head_key, outputs_key, results_key
 from lrmil.pipeline.methods import Method, baseline_settings, for_features, for_task, methods_named, reference_of
 from lrmil.pipeline.reporting import Reporter
 from lrmil.pipeline.run import Outcome, mean_cost
+from lrmil.pipeline.said import Said, recovery_table
 from lrmil.pipeline.seeds import under_each_seed
 from lrmil.pipeline.selective import ChoiceJob, selective_job, stored_selective_head, time_selective
 from lrmil.pipeline.student import lr_only_outputs
@@ -69,63 +69,20 @@ def compare(settings: RunSettings, reporter: Reporter) -> Outcome:
     if folder.done_facts(folder.comparison).get("key") != key:
         shutil.rmtree(folder.comparison, ignore_errors=True)
     study.prepare()
-    found: dict[str, list[Scored]] = {}
-    thresholds: dict[str, dict[tuple[int, int], float]] = {}
-    censoring: dict[str, dict[tuple[int, int], dict[str, float]]] = {}
+    said = Said()
     for each in under_each_seed(study):
-        answered = _predictions(each, methods)
-        for method, predictions in answered.all().items():
-            found.setdefault(method, []).append(predictions)
-        for method, limits in answered.thresholds.items():
-            thresholds.setdefault(method, {}).update(limits)
-        for method, cells in answered.censoring.items():
-            censoring.setdefault(method, {}).update(cells)
-    # Of the first seed there are heads to time; the config's own seed need not be among those compared.
-    costs = _measure(next(under_each_seed(study)), methods) if isinstance(study, Study) else {}
-    comparison = compare_report(
-        {title: concatenate(parts) for title, parts in found.items()},
-        reference=reference.title,
-        dataset=study.run.cohort.name,
-        task=settings.cohort.task,
-        groups={m.title: m.group for m in methods},
-        costs=costs,
-        seed=settings.evaluation.seed,
-        resamples=settings.evaluation.bootstrap,
-        thresholds=thresholds,
-        censoring=censoring,
-    )
-    recovered = _recovered(comparison, methods, settings)
+        said.add(_predictions(each, methods))
+    if isinstance(study, Study):
+        # Of the first seed there are heads to time; the config's own seed need not be among those compared.
+        said.costs.update(_measure(next(under_each_seed(study)), methods))
+    comparison = said.comparison(study.run, reference=reference.title, groups={m.title: m.group for m in methods})
+    recovered = recovery_table(comparison, settings, [(m.title, LRMIL, m.title) for m in methods if m.sees == "hr"])
     with reporter.stage("report", "Writing the comparison"):
         write_comparison(comparison, folder.comparison)
         write_results(folder.comparison / "recovery.csv", recovered)
     folder.mark_done(folder.comparison, key)
     reporter.event("comparison finished", failures=len(study.run.failures))
     return Outcome(folder, study.run.failures, [*_summary(comparison, study), *_recovery_lines(recovered)])
-
-
-def _recovered(comparison: Comparison, methods: Sequence[Method], settings: RunSettings) -> pd.DataFrame:
-    """Return what LRMIL recovers of the distance between each 20x method and 5x without distillation, a line each.
-
-    Columns: method, metric, gap, gap_low, gap_high, and recovered, recovered_low, recovered_high, empty where the
-    interval of the gap holds 0. No line where LRMIL or 5x without distillation is not compared.
-    """
-    said, name = comparison.predictions, MAIN[settings.cohort.kind]
-    rows: list[dict[str, Any]] = []
-    for method in methods if {LRMIL, LR_ONLY} <= said.keys() else ():
-        if method.sees != "hr" or method.title not in said:
-            continue
-        own = settings.evaluation
-        found = recovered_share(
-            said[LRMIL], said[method.title], said[LR_ONLY], name, seed=own.seed, resamples=own.bootstrap
-        )
-        rows.append({"method": method.title, "metric": name, "patients": found.gap.patients} | found.columns())
-    columns = (
-        "method",
-        "metric",
-        "patients",
-        *(f"{k}{e}" for k in ("gap", "recovered") for e in ("", "_low", "_high")),
-    )
-    return pd.DataFrame(rows, columns=list(columns))
 
 
 def _recovery_lines(recovered: pd.DataFrame) -> list[str]:
