@@ -77,6 +77,11 @@ def test_a_study_of_slides_publishes_its_parts_and_resumes(tmp_path: Path, tiny_
 
     own = pd.read_csv(tmp_path / "docs" / "tiny_run_results.csv").set_index("method")["auc"]
     assert recipes["HR teacher"] == own["HR teacher"], "the run's own teacher"
+    less = pd.read_csv(tmp_path / "docs" / "tiny_run_differences.csv").set_index("less")
+    assert set(less.index) == set(own.index) - {"LRMIL"}, "LRMIL beside every other row"
+    for other, row in less.iterrows():
+        assert row["difference"] == pytest.approx(own["LRMIL"] - own[str(other)], abs=1e-5)
+        assert row["difference_low"] <= row["difference"] <= row["difference_high"]
     pairs = pd.read_csv(tmp_path / "docs" / "tiny_recipes_pairs.csv")
     assert len(pairs) == 6
     for row in pairs.to_dict("records"):

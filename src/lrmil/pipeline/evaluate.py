@@ -20,6 +20,7 @@ from lrmil.evaluation import (
     TextTable,
     Values,
     constant_answer,
+    interval_columns,
     paired_bootstrap,
     result_row,
     results_frame,
@@ -141,10 +142,8 @@ class Scores:
     results: pd.DataFrame
     """one row a method, see `evaluation.tables`"""
     table: TextTable
-    gain: Interval | None
-    """LRMIL less LR without distillation, in the main metric of the task"""
-    gap: Interval | None
-    """LRMIL less the HR teacher, in the main metric of the task"""
+    differences: Mapping[str, Interval]
+    """LRMIL less each other method on the same patients, in the main metric of the task"""
     predictions: dict[str, Scored]
     thresholds: Mapping[str, Thresholds]
     """Survival: where risk groups of a method are divided in each fold; empty otherwise"""
@@ -167,7 +166,7 @@ def score_methods(
     thresholds: Mapping[str, Thresholds] | None = None,
     censoring: Mapping[str, CellScores] | None = None,
 ) -> Scores:
-    """Score every method; write tables/: results.csv, results.md, and the predictions of each method.
+    """Score every method; write tables/: results.csv and .md, differences.csv, and the predictions of each method.
 
     Predictions of methods that are no longer asked for are removed: tables/ holds what one config gave.
     """
@@ -192,6 +191,12 @@ def score_methods(
     folder: Path = run.folder.tables
     write_results(folder / "results.csv", results)
     write_text(folder / "results.md", to_markdown(table))
+    differences = {other: _difference(run, predictions, other) for other in predictions if other != LRMIL}
+    lines = [
+        {"method": LRMIL, "less": other, "metric": MAIN[run.kind]} | interval_columns("difference", found)
+        for other, found in differences.items()
+    ]
+    write_results(folder / "differences.csv", pd.DataFrame(lines))
     written = {
         folder / "predictions" / f"{method.lower().replace(' ', '_')}.csv": m for method, m in predictions.items()
     }
@@ -203,16 +208,13 @@ def score_methods(
     return Scores(
         results,
         table,
-        gain=_difference(run, predictions, LR_ONLY),
-        gap=_difference(run, predictions, TEACHER),
+        differences=differences,
         predictions=dict(predictions),
         thresholds=dict(thresholds or {}),
     )
 
 
-def _difference(run: Run, predictions: Mapping[str, Scored], other: str) -> Interval | None:
-    if other not in predictions or LRMIL not in predictions:
-        return None
+def _difference(run: Run, predictions: Mapping[str, Scored], other: str) -> Interval:
     e = run.settings.evaluation
     return paired_bootstrap(predictions[LRMIL], predictions[other], MAIN[run.kind], seed=e.seed, resamples=e.bootstrap)
 

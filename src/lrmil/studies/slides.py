@@ -85,7 +85,8 @@ def run_slide_study(settings: SlideStudySettings, reporter: Reporter, *, publish
     out, run = settings.folder, prepared_run(settings, reporter)
     folder = out / "report" if publish is None else publish
     tables = run_all(run, reporter, title=settings.title, simulated=settings.simulated is not None).folder.tables
-    written = [_copy(path, folder / f"{out.name}_run_{path.name}") for path in sorted(tables.glob("results.*"))]
+    scored = [tables / name for name in ("results.csv", "results.md", "differences.csv")]
+    written = [_copy(path, folder / f"{out.name}_run_{path.name}") for path in scored]
     for part in settings.parts:
         if part == "localisation":
             written += _localise(run, out / "cohort" / "truth", folder, out.name, reporter)
