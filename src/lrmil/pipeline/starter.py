@@ -35,9 +35,9 @@ encoder:
 
 stage1:  # patch-level distillation, for each fold anew
   learning_rate: 0.0001
-  epochs: 20
+  epochs: 20  # the best is kept; where slides hold thousands of regions, few are enough
   batch_size: 32  # 8 where slides are few: more steps
-  restore_spread: true  # false in the paper; heads learn better with it, see docs/evidence
+  restore_spread: true  # false in the paper; no worse, and better where stage 1 is short: see docs/evidence
 teacher:  # the 20x head
   learning_rate: 0.0001
   epochs: 100
