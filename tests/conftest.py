@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,14 @@ def _folder(variable: str, default: Path) -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _float32_on_every_cpu() -> Iterator[None]:
+    """Let `precision: auto` mean float32: tests that compare answers ask for digits that bfloat16 does not have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lrmil.encoders.embedding.cpu_has_bfloat16", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

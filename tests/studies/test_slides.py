@@ -114,16 +114,20 @@ def test_recipes_can_have_fewer_seeds_than_the_comparison(
     config.write_text(CONFIG.format(encoder="lrmil-small"))
     own = "null" if told is None else str(told)
     settings = load_slide_study(config, ["parts=[recipes]", "run.compare.seeds=[0, 1]", f"recipe_seeds={own}"])
+    run = RunFolder(tmp_path / "run")
+    run.tables.mkdir(parents=True)
+    for name in ("results.csv", "results.md", "differences.csv"):
+        (run.tables / name).touch()
     asked: list[list[int]] = []
 
     class Ended(Exception):
         pass
 
-    def recipes(run: RunSettings, reporter: Reporter, changes: Any) -> None:
-        asked.append(run.compare.seeds)
+    def recipes(own: RunSettings, reporter: Reporter, changes: Any) -> None:
+        asked.append(own.compare.seeds)
         raise Ended
 
-    monkeypatch.setattr(slides, "run_all", lambda *args, **kwargs: Outcome(RunFolder(tmp_path / "run"), [], []))
+    monkeypatch.setattr(slides, "run_all", lambda *args, **kwargs: Outcome(run, [], []))
     monkeypatch.setattr(slides, "compare_recipes", recipes)
     with pytest.raises(Ended):
         run_slide_study(settings, quiet())
