@@ -10,6 +10,7 @@ import numpy as np
 
 from lrmil.bags import Bag, bag_is_current, write_bag
 from lrmil.encoders import Encoder, embed
+from lrmil.encoders.embedding import choose_dtype
 from lrmil.errors import EncoderError, NoTissue, SlideError, SlideTooCoarse
 from lrmil.geometry import MatchedGrid
 from lrmil.inference.stream import EncodedPatches, SlideReads, child_reads, encode_slides
@@ -33,11 +34,14 @@ def encode_children(run: Run, grids: Mapping[str, MatchedGrid], encoder: Encoder
             if not bag_is_current(run.folder.bag(name, entry.slide_id), provenance, layers=layers):
                 waiting.append((entry, provenance))
     total = sum(grids[entry.slide_id].num_children for entry, _ in waiting)
-    title = f"Encoding {total} patches of {len(waiting)} slides at {hr_mpp:g} um/px with {encoder.card.name}"
+    # Said and logged, since it depends on the processor, and what is trained on the features may depend on it.
+    digits = str(choose_dtype(encoder, run.settings.encoder.precision)).removeprefix("torch.")
+    title = f"Encoding {total} patches of {len(waiting)} slides at {hr_mpp:g} um/px with {encoder.card.name}, {digits}"
     if not waiting:
         with run.reporter.stage("encode", f"All slides are encoded at {hr_mpp:g} um/px with {encoder.card.name}"):
             return
     s = run.settings
+    run.reporter.event("encoding", encoder=encoder.card.name, mpp=hr_mpp, patches=total, precision=digits)
     with run.reporter.stage("encode", title), run.reporter.task("encode", total) as progress:
         results = encode_slides(
             [partial(_open_children, entry, grids[entry.slide_id], hr_mpp) for entry, _ in waiting],
