@@ -169,7 +169,11 @@ class TiffSlide(Slide):
         if step_x == step_y and step_x >= 1 and step_x.is_integer() and x0.is_integer() and y0.is_integer():
             step = int(step_x)
             aligned = x0 % step == 0 and y0 % step == 0
-            factor = next((f for f in _FACTORS if step % f == 0 and f <= self._coarsest(level, step)), 1)
+            # An average across the top or left edge is made of whole pixels. With all of the request made of them, no
+            # tile is decoded twice; at the other edges `TileStore.reduction_of` sees to that, tile by tile.
+            cut = (x0 < 0 and x0 % step != 0) or (y0 < 0 and y0 % step != 0)
+            coarsest = 1 if cut else self._coarsest(level, step)
+            factor = next((f for f in _FACTORS if step % f == 0 and f <= coarsest), 1)
             if factor > 1 and x0 % factor == 0 and y0 % factor == 0:
                 reduction = self._images[level.index].decoder.reduction(factor)
         return _Request((x0, y0, x1, y1), step, aligned, reduction)
