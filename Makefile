@@ -62,7 +62,7 @@ evidence: setup
 	@for f in results.csv differences.csv paper.md figure_auc_against_seconds.png; do \
 		cp evidence/out/controls-stage2/run/sensitivity/magnification/$$f docs/evidence/controls-stage2_magnification_$$f; done
 	@for s in stage1 stage2; do $(STUDY) screen evidence/screen-$$s.yaml $(PUBLISH) || exit 1; done
-	@for s in confirmation paper-recipe paper-recipe-anew eleven-methods survival-status slides-120 slides-100 slides-100-spread; do $(STUDY) slides evidence/$$s.yaml $(PUBLISH) || exit 1; done
+	@for s in confirmation paper-recipe paper-recipe-anew paper-recipe-few eleven-methods survival-status slides-120 slides-100 slides-100-spread; do $(STUDY) slides evidence/$$s.yaml $(PUBLISH) || exit 1; done
 	@if [ -d "$(CRCHISTO)" ]; then \
 		$(STUDY) gaps evidence/tissue-gaps.yaml $(PUBLISH) --set crchisto=$(CRCHISTO) && \
 		$(STUDY) slides evidence/tissue-slides.yaml $(PUBLISH) --set crchisto=$(CRCHISTO); \
