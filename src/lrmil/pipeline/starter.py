@@ -35,8 +35,8 @@ encoder:
 
 stage1:  # patch-level distillation, for each fold anew
   learning_rate: 0.0001
-  epochs: 20  # the best is kept; where slides hold thousands of regions, few are enough
-  batch_size: 32  # 8 where slides are few: more steps
+  epochs: 20  # the best is kept; more where slides are few and small: 500 steps were needed in docs/evidence
+  batch_size: 32  # regions a step
   restore_spread: true  # false in the paper; no worse, and better where stage 1 is short: see docs/evidence
 teacher:  # the 20x head
   learning_rate: 0.0001
